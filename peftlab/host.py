@@ -1,0 +1,592 @@
+"""How a method lives inside a module: class swap, the stack of adapters, and the two ways of being seen (call and read).
+
+Attaching changes a module's class to a cached subclass of it and adds one child, `peftlab`. The object, its path, its
+`isinstance`, its tensors and its `state_dict` keys stay what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .layers import Rule
+from .method import Base, Method
+
+CHILD = "peftlab"  # the one child module that an adapted module gains
+STASH = "stash_"  # prefix of the buffers that keep a merged module's frozen bits
+
+
+@dataclass(eq=False)
+class Site:
+    """One place where a method can sit: a parameter of a module (or a part of it), or a module's call.
+
+    `rows` picks output features of a fused matrix, `expert` one matrix of a 3-D parameter, `transposed` says that the raw
+    matrix is (n_in, n_out). `key` is the path below `host.peftlab.<adapter>` ("" for a layer's own weight).
+    """
+
+    host: nn.Module
+    path: str
+    key: str = ""
+    kind: str = "matrix"  # matrix | tensor | module
+    param: str | None = "weight"
+    bias: str | None = None
+    rule: Rule = layers.MATRIX
+    rows: slice | Tensor | None = None
+    bias_rows: slice | Tensor | None = None  # where the bias's part differs from the weight's (None: as `rows`)
+    expert: int | None = None
+    transposed: bool = False
+    read_only: bool = False  # the parent reads the weight without calling the host
+    names: tuple[str, ...] = ()  # every path that a pattern may use for it
+    explicit: bool = False  # only a pattern that spells its last component means it
+    n_out: int = 0
+    n_in: int = 0
+    shape: tuple[int, ...] = ()
+    tied: tuple = field(default=(), repr=False)  # (host, parameter) pairs that share the storage
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None and self.host._parameters.get(self.bias) is not None
+
+    @property
+    def bias_part(self) -> slice | Tensor | None:
+        return self.rows if self.bias_rows is None else self.bias_rows
+
+    @property
+    def raw_tensor(self) -> Tensor | None:
+        return None if self.param is None else self.host._parameters.get(self.param)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        W = self.raw_tensor
+        return W.dtype if W is not None and W.is_floating_point() else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        W = self.raw_tensor
+        if W is None:
+            W = next(self.host.parameters(), None)
+        if W is None:
+            W = next(self.host.buffers(), None)
+        return torch.device("cpu") if W is None else W.device
+
+    # ---- raw <-> canonical
+    def part(self, raw: Tensor) -> Tensor:
+        return raw if self.expert is None else raw[self.expert]
+
+    def get(self, piece: Tensor) -> Tensor:
+        """Raw piece -> what the method calls W."""
+        if self.kind != "matrix":
+            return piece
+        W = piece.t() if self.transposed else self.rule.matrix(self.host, piece)
+        return W if self.rows is None else W[self.rows]
+
+    def put(self, piece: Tensor, W: Tensor) -> Tensor:
+        """W back into (a new tensor of) the raw layout."""
+        if self.kind != "matrix":
+            return W
+        if self.rows is not None:
+            whole = piece.t() if self.transposed else self.rule.matrix(self.host, piece)
+            W = _with_rows(whole.to(W.dtype), self.rows, W)
+        return W.t() if self.transposed else self.rule.raw(self.host, W, piece)
+
+    # ---- what Base needs
+    def origin(self) -> Tensor:
+        """The frozen tensor itself, canonical, whatever lies below and whatever is merged."""
+        return self.get(self.part(pristine(self.host, self.param)))
+
+    def read(self, links: tuple) -> Tensor:
+        if self.rule is layers.OPAQUE:
+            return self.rule.matrix(self.host, None)
+        return self.get(self.part(effective(self.host, self.param, links)))
+
+    def read_bias(self, links: tuple) -> Tensor | None:
+        if not self.has_bias:
+            return None
+        b = effective(self.host, self.bias, links)
+        rows = self.bias_part
+        return b if rows is None else b[rows]
+
+    def run(self, links: tuple, args: tuple, kwargs: dict):
+        return call(self.host, links, args, kwargs)
+
+
+def _with_rows(whole: Tensor, rows: slice | Tensor, part: Tensor) -> Tensor:
+    if isinstance(rows, slice):
+        return torch.cat([whole[: rows.start], part, whole[rows.stop :]])
+    return whole.index_copy(0, rows.to(whole.device), part)
+
+
+class Links(NamedTuple):
+    """The (site, method) pairs that act now: on the weights, in stacking order, and around the call."""
+
+    weights: tuple
+    calls: tuple
+
+
+NOTHING = Links((), ())
+
+
+class Stack(nn.Module):
+    """The adapters of one module, in stacking order; lives at `<host>.peftlab`."""
+
+    sites: dict[str, list[tuple[Site, Method]]]
+    active: tuple[str, ...]
+    merged: tuple[str, ...]
+    links: Links
+    lossy: tuple[str, ...]  # merged with keep=False: the tensors hold them for good
+    silent: bool  # inside `disabled`
+    read: bool  # weights are seen through properties instead of through the call
+    dense: bool  # some active site has only its definition (a slice, a whole tensor)
+    history: deque[tuple[int, Links]]  # what acted until when, for forwards that backward will run again
+    alias: dict[str, tuple[nn.Module, str]]  # tied parameters that follow another host's adapters
+    untied: set[str]  # tied parameters of which this end alone is adapted
+    unready: set[str]  # adapters built on meta whose start values are still to come
+
+    def __init__(self, read: bool):
+        super().__init__()
+        # Straight into __dict__: nn.Module.__setattr__ looks for parameters in every value, which adds up over thousands of hosts.
+        self.__dict__.update(sites={}, active=(), merged=(), lossy=(), silent=False, links=NOTHING, read=read, dense=False, history=deque(maxlen=64))
+        self.__dict__.update(alias={}, untied=set(), unready=set())
+
+    # ---- adapters
+    def add(self, name: str, pairs: list[tuple[Site, Method]]) -> None:
+        self.sites[name] = pairs
+        for site, method in pairs:
+            method.__dict__.update(site=site, shapes={k: tuple(t.shape) for k, t in saved_tensors(method).items()})
+            if site.key == "":
+                self._modules[name] = method
+                continue
+            node = self
+            *parents, last = [name, *site.key.split(".")]
+            for part in parents:
+                node = node._modules.setdefault(part, nn.Module())
+            node._modules[last] = method
+        self.set_active((*self.active, name))
+
+    def drop(self, name: str) -> None:
+        del self.sites[name]
+        self._modules.pop(name, None)
+        self.unready.discard(name)
+        self.__dict__["merged"] = tuple(n for n in self.merged if n != name)
+        self.__dict__["lossy"] = tuple(n for n in self.lossy if n != name)
+        self.set_active(tuple(n for n in self.active if n != name))
+        self.history.clear()
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(self.sites)
+
+    def set_active(self, names: tuple[str, ...]) -> None:
+        self.__dict__["active"] = tuple(n for n in self.sites if n in names)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Recompute what acts now; remember what acted before, for checkpointed forwards that backward will run again."""
+        acting = [] if self.silent else [p for n in self.active if n not in self.merged for p in self.sites[n]]
+        weights = tuple(p for p in acting if p[1].on != "module" and not p[1].in_place)
+        links = Links(weights, tuple(p for p in acting if p[1].on == "module"))
+        if links != self.links:
+            self.history.append((torch._C._autograd._get_sequence_nr(), self.links))
+            self.__dict__["links"] = links
+        self.__dict__["dense"] = any(s.kind != "matrix" or s.rows is not None or s.key != "" for s, _ in weights)
+
+    def current(self) -> Links:
+        if torch.compiler.is_compiling():
+            return self.links
+        if self.unready:
+            self.materialise()
+        # Inside backward a checkpointed block runs again: it must see the adapters of its first run, which the autograd node
+        # that asks for it dates by its sequence number.
+        if self.history and torch._C._current_graph_task_id() != -1:
+            node = torch._C._current_autograd_node()
+            if node is not None:
+                now = node._sequence_nr()
+                for until, links in self.history:
+                    if now < until:
+                        return links
+        return self.links
+
+    # ---- meta -> real
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.unready:
+            self.materialise(weights_known=False)
+        return self
+
+    def materialise(self, weights_known: bool = True) -> None:
+        """Give adapters that were built on meta their start values once their tensors are real (`to_empty`)."""
+        for name in sorted(self.unready):
+            done = [method.recipe.fill(site, method, weights_known) for site, method in self.sites[name]]
+            if all(done):
+                self.unready.discard(name)
+
+    def extra_repr(self) -> str:
+        return f"active={list(self.active)}, merged={list(self.merged)}, {'read' if self.read else 'call'}"
+
+
+@dataclass(eq=False)
+class Recipe:
+    """What made an adapter's method: enough to make its start values again, and to write them into a file's header."""
+
+    cls: type[Method]
+    label: str  # registry name, or module:class
+    hyper: dict
+    name: str
+    seed: int
+    common: nn.Module | None = None
+
+    def build(self, site: Site, below: tuple = (), device: str = "cpu") -> Method:
+        """The method with its start values, drawn on CPU from (seed, adapter, path): the same on every process and device."""
+        with torch.no_grad(), on_device(device):
+            if device != "meta":
+                torch.default_generator.manual_seed(site_seed(self.seed, self.name, site.path))
+            method = self.cls(Base(site, below, self.common), **self.hyper)
+        method.__dict__.update(recipe=self, site=site)
+        return method
+
+    def fill(self, site: Site, method: Method, weights_known: bool) -> bool:
+        """Write the start values into a method whose tensors have become real; False while they cannot be known yet."""
+        tensors = dict(method.named_parameters()) | dict(method.named_buffers())
+        if any(t.is_meta for t in tensors.values()):
+            return False
+        with fenced_rng():
+            try:
+                fresh = self.build(site if weights_known else as_kind(site, Blind))
+            except layers.NeedsWeight:
+                return False
+        with torch.no_grad():
+            for k, t in (dict(fresh.named_parameters()) | dict(fresh.named_buffers())).items():
+                tensors[k].copy_(t)
+        return True
+
+
+class Blind(Site):
+    """A site whose weight is not to be looked at yet."""
+
+    def read(self, links):
+        raise layers.NeedsWeight(self.path)
+
+    read_bias = read
+
+    def origin(self):
+        raise layers.NeedsWeight(self.path)
+
+
+class Shape(Site):
+    """A site of which only shapes are wanted: its tensors are on meta."""
+
+    @property
+    def device(self):
+        return torch.device("meta")
+
+    def read(self, links):
+        if self.rule is layers.OPAQUE:
+            return self.rule.matrix(self.host, None)
+        size = (self.n_out, self.n_in) if self.kind == "matrix" else self.shape
+        return torch.empty(size, dtype=self.dtype, device="meta")
+
+    def read_bias(self, links):
+        return torch.empty(self.n_out, dtype=self.dtype, device="meta") if self.has_bias else None
+
+    def origin(self):
+        return self.read(())
+
+
+def on_device(device: str) -> contextlib.AbstractContextManager:
+    """Makes `device` the default; nothing where it is so already, since the mode costs every torch call inside it."""
+    return contextlib.nullcontext() if torch.get_default_device().type == device else torch.device(device)
+
+
+def saved_tensors(m: nn.Module) -> dict[str, Tensor]:
+    """What of a method or shared module is written to a file: parameters and persistent buffers."""
+    if m._modules:
+        return m.state_dict(keep_vars=True)
+    kept = {k: b for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set}
+    return {k: t for k, t in (m._parameters | kept).items() if t is not None}
+
+
+def as_kind(site: Site, kind: type[Site]) -> Site:
+    """The same site seen as another kind of site."""
+    return kind(**{f.name: getattr(site, f.name) for f in fields(site)})
+
+
+class fenced_rng:  # noqa: N801 - a context manager used like a function
+    """Leaves the global CPU generator and the default dtype as it found them."""
+
+    def __enter__(self):
+        self.state, self.dtype = torch.default_generator.get_state(), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+
+    def __exit__(self, *exc):
+        torch.default_generator.set_state(self.state)
+        torch.set_default_dtype(self.dtype)
+
+
+def site_seed(seed: int, name: str, path: str) -> int:
+    """A stable 63-bit seed (FNV-1a); Python's own hash differs between processes."""
+    h = 0xCBF29CE484222325
+    for byte in f"{seed}\0{name}\0{path}".encode():
+        h = ((h ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return h >> 1
+
+
+# ---------------------------------------------------------------- effective tensors
+
+
+def pristine(host: nn.Module, param: str) -> Tensor:
+    """The frozen tensor, also while adapters are merged into the parameter."""
+    stack = host._modules.get(CHILD)
+    kept = None if stack is None else stack._buffers.get(STASH + param)
+    return host._parameters[param] if kept is None else kept
+
+
+def effective(host: nn.Module, param: str, links: tuple, raw: Tensor | None = None) -> Tensor:
+    """One parameter as the given links leave it, in its raw layout (dtype promoted, not yet cast back)."""
+    W = host._parameters[param] if raw is None else raw
+    pieces = None  # the experts of a 3-D parameter, while consecutive links work on single ones
+    for site, method in links:
+        if site.param == param and method.has_weight():
+            if site.expert is not None:
+                pieces = list(W.unbind(0)) if pieces is None else pieces
+                piece = pieces[site.expert]
+                pieces[site.expert] = site.put(piece, method.weight(site.get(piece)))
+                continue
+            if pieces is not None:
+                W, pieces = _stacked(pieces), None
+            W = site.put(W, method.weight(site.get(W)))
+        elif site.bias == param and site.expert is None and method.has_bias():
+            rows = site.bias_part
+            W = method.bias(W) if rows is None else _with_rows(W, rows, method.bias(W[rows]))
+    return W if pieces is None else _stacked(pieces)
+
+
+def _stacked(pieces: list[Tensor]) -> Tensor:
+    dtype = functools.reduce(torch.promote_types, {p.dtype for p in pieces})
+    return torch.stack([p.to(dtype) for p in pieces])
+
+
+# ---------------------------------------------------------------- the call
+
+
+def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
+    """Run the host with these links; the last one is outermost."""
+    if not links:
+        return type(host)._original.forward(host, *args, **kwargs)
+    site, method = links[-1]
+    if method.on == "module":
+        return method(Base(site, links[:-1], method.common), *args, **kwargs)
+    x, rest, kwargs = _first(args, kwargs)
+    if rest or kwargs or host._modules[CHILD].dense:
+        return _defined(host, links, x, rest, kwargs)
+    return method(Base(site, links[:-1], method.common), x)
+
+
+def _first(args: tuple, kwargs: dict) -> tuple:
+    """The layer's input, however it was passed, and what else was."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    for name in ("input", "x"):
+        if name in kwargs:
+            return kwargs.pop(name), (), kwargs
+    raise TypeError("an adapted layer was called without input")
+
+
+def _defined(host: nn.Module, links: tuple, x: Tensor, rest: tuple, kwargs: dict) -> Tensor:
+    """The layer's operation on the effective tensors: what every fast path equals."""
+    rule = layers.rule_of(host)
+    W = rule.matrix(host, effective(host, rule.weight, links))
+    b = host._parameters.get(rule.bias) if rule.bias else None
+    b = b if b is None else effective(host, rule.bias, links)
+    return rule.affine(host, W, b, x, *rest, **kwargs)
+
+
+class Adapted:
+    """Marks the classes that peftlab made; goes in front of a module's own class, as FSDP2's FSDPModule does."""
+
+    _original: type
+
+
+def _forward_of(cls: type):
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        stack = self._modules[CHILD]
+        links = stack.current()
+        refuse_lost_gradients(self, stack)
+        if stack.read:
+            return call(self, links.calls, args, kwargs) if links.calls else cls.forward(self, *args, **kwargs)
+        if not links.weights:
+            return call(self, links.calls, args, kwargs)
+        y = call(self, links.weights + links.calls, args, kwargs)
+        rule = links.weights[0][0].rule
+        return rule.finish(self, y, _first(args, kwargs)[0]) if rule.name == "embedding" and not links.calls else y
+
+    return forward
+
+
+def _seen(name: str) -> property:
+    """A parameter as its readers see it: with the adapters' change."""
+
+    def get(self):
+        raw = self._parameters[name]
+        stack = self._modules.get(CHILD)
+        # FSDP2 fetches the parameter by attribute when it shards it: a sharded tensor is storage, not a weight.
+        if stack is None or raw is None or type(raw).__name__ == "DTensor":
+            return raw
+        host, param = stack.alias.get(name, (self, name))
+        stack = host._modules[CHILD]
+        weights = stack.current().weights
+        if not weights:
+            return raw
+        refuse_lost_gradients(host, stack)
+        try:
+            return effective(host, param, weights).to(raw.dtype)
+        except AttributeError as e:  # nn.Module.__getattr__ would swallow it and hand out the frozen tensor
+            raise RuntimeError(f"an adapter failed while {name!r} was read: {e}") from e
+
+    return property(get)
+
+
+def _flat_weights() -> property:
+    def get(self):
+        return [getattr(self, n) if n in self._parameters else None for n in self._flat_weights_names]
+
+    def put(self, value):  # torch hands in what it read, which is not ours to keep: copies of the module need leaves
+        self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
+
+    return property(get, put)
+
+
+@functools.cache
+def adapted_class(cls: type, seen: tuple[str, ...]) -> type:
+    body = {
+        "_original": cls,
+        "forward": _forward_of(cls),
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (cls, seen), _state(self)),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        **{n: _seen(n) for n in seen},
+    }
+    if issubclass(cls, nn.RNNBase) and seen:
+        body["_flat_weights"] = _flat_weights()
+        body["_update_flat_weights"] = lambda self: None  # they are read anew each time
+    return type(cls.__name__, (Adapted, cls), body)
+
+
+def _state(m: nn.Module) -> dict:
+    getter = getattr(super(type(m), m), "__getstate__", None)
+    state = getter() if getter is not None else m.__dict__
+    return dict(state if isinstance(state, dict) else m.__dict__)
+
+
+def _rebuild(cls: type, seen: tuple[str, ...]) -> nn.Module:
+    made = adapted_class(cls, seen)
+    return made.__new__(made)
+
+
+def original_class(m: nn.Module) -> type:
+    return type(m)._original if isinstance(m, Adapted) else type(m)
+
+
+def seen_of(m: nn.Module) -> tuple[str, ...]:
+    """The parameters that are seen through properties."""
+    return tuple(k for k, v in type(m).__dict__.items() if isinstance(v, property) and k in m._parameters) if isinstance(m, Adapted) else ()
+
+
+def swap_in(host: nn.Module, read: bool, seen: tuple[str, ...]) -> Stack:
+    """Make `host` adaptable; afterwards `host.peftlab` is its stack."""
+    cls = original_class(host)
+    stack = host._modules.get(CHILD)
+    if stack is None:
+        stack = Stack(read)
+        stack.__dict__["training"] = host.training
+        host._modules[CHILD] = stack
+    stack.__dict__["read"] = stack.read or read
+    host.__class__ = adapted_class(cls, tuple(sorted({*seen_of(host), *(seen if stack.read else ())})))
+    return stack
+
+
+def swap_out(host: nn.Module) -> None:
+    cls = original_class(host)
+    host.__class__ = cls
+    del host._modules[CHILD]
+    if isinstance(host, nn.RNNBase):
+        host.__dict__["_flat_weights"] = [host._parameters.get(n) for n in host._flat_weights_names]
+
+
+def refuse_lost_gradients(host: nn.Module, stack: Stack) -> None:
+    """Reentrant checkpointing of a block none of whose inputs requires grad cuts its adapters off: say so instead of training nothing."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not host.training or stack.links == NOTHING:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        seen = frame.f_locals if frame.f_code.co_name == "forward" else {}
+        if "run_function" in seen and "preserve_rng_state" in seen:  # CheckpointFunction.forward
+            inputs = seen.get("args", ())
+            if any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+                return
+            names = [s.path for n in stack.active for s, m in stack.sites[n] if any(p.requires_grad for p in m.parameters())]
+            if names:
+                raise RuntimeError(
+                    f"the adapters at {', '.join(map(repr, names))} would get no gradient: they run under reentrant activation checkpointing "
+                    "and no input of the checkpointed block requires grad. Use checkpoint(..., use_reentrant=False), or make the block's "
+                    "input require grad (x.requires_grad_(), or in transformers model.enable_input_require_grads())."
+                )
+            return
+        frame = frame.f_back
+
+
+def stacks(model: nn.Module) -> list[tuple[str, nn.Module, Stack]]:
+    """Every adapted module below `model` as (path, host, stack), each once; wrappers' own path components are left out."""
+    return [(path, m, m._modules[CHILD]) for path, m in walk(model) if isinstance(m, Adapted)]
+
+
+_TRANSPARENT = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "CheckpointWrapper"}
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DDP's, FSDP1's and the checkpoint wrapper's wrapping modules."""
+    while type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
+        model = next(model._modules[k] for k in _TRANSPARENT if k in model._modules)
+    return model
+
+
+def walk(model: nn.Module, duplicates: bool = False):
+    """(path, module) of everything below `model`, without peftlab's own modules and wrappers' path components."""
+    seen: set[int] = set()
+
+    def go(m: nn.Module, path: str):
+        m = bare(m)
+        if id(m) in seen and not duplicates:
+            return
+        seen.add(id(m))
+        yield path, m
+        for name, child in m._modules.items():
+            if child is None or isinstance(child, Stack) or name == SHARED:
+                continue
+            yield from go(child, f"{path}.{name}" if path else name)
+
+    yield from go(model, "")
+
+
+SHARED = "peftlab_shared"  # child of the model's root that holds what all sites of an adapter share
+
+
+def refresh_alias_free(root: nn.Module) -> None:
+    """Forget aliases whose adapted end has no adapters left."""
+    for _, _, s in stacks(root):
+        s.alias = {k: (h, p) for k, (h, p) in s.alias.items() if isinstance(h, Adapted) and h._modules[CHILD].sites}

@@ -1,0 +1,558 @@
+"""peftlab's own format: save, load, and the fingerprint that ties an adapter to its base."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import host as hosts
+from .. import layers
+from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, fenced_rng, pristine, saved_tensors, stacks, walk
+from ..method import Method
+from ..patterns import as_list, did_you_mean, matches, nearest, show
+from ..registry import entries, keywords, resolve
+from ..sites import Model, ensure_module, join, storage
+from ..switch import _changed_buffers
+from ..wrap import _Request, adapter_modules, attach, check_dtype, check_name, finish, ledgers, names, outside_disabled, samples, set_trainable, which
+from .file import LoadError, read, read_header, write
+
+
+@dataclass
+class SaveReport:
+    """Bytes of a saved file: by adapter, of other things that were trained or changed, and of the header."""
+
+    path: str
+    bytes: int
+    header_bytes: int
+    adapters: dict[str, int]
+    other: dict[str, int]
+
+    def __repr__(self) -> str:
+        parts = [f"{n}: {b:,}" for n, b in self.adapters.items()] + [f"{n}: {b:,}" for n, b in self.other.items()]
+        return f"{self.path}: {self.bytes:,} bytes ({', '.join(parts)}, header: {self.header_bytes:,})"
+
+
+@dataclass
+class LoadReport:
+    """What a load did."""
+
+    path: str
+    adapters: list[str]
+    trainable: bool
+    tensors: int
+    unconsumed: list[str] = field(default_factory=list)
+    unfilled: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)  # base tensors that were overwritten: heads, statistics
+
+    def __repr__(self) -> str:
+        state = "trainable" if self.trainable else "frozen"
+        more = [f"{len(v)} {k}" for k, v in (("unconsumed", self.unconsumed), ("unfilled", self.unfilled)) if v]
+        return f"{self.path}: adapters {self.adapters}, {self.tensors} tensors, {state}" + "".join(f", {m}" for m in more)
+
+
+# ---------------------------------------------------------------- fingerprint
+
+
+def fingerprint(t: Tensor, values: bool = True) -> dict:
+    """Shape, dtype and evenly spread values of a base tensor."""
+    out = {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+    if values and not t.is_meta and t.numel():
+        out["values"] = samples(_whole(t.detach())).double().tolist()
+    return out
+
+
+def _differs(path: str, saved: dict, t: Tensor | None) -> str | None:
+    """How a base tensor differs from the one an adapter was trained on, or None."""
+    if t is None:
+        return f"{path!r} is missing"
+    if list(t.shape) != saved["shape"]:
+        return f"{path!r} has shape {tuple(t.shape)}, the adapter's base had {tuple(saved['shape'])}"
+    if "values" not in saved or t.is_meta:
+        return None
+    kinds = {saved["dtype"], str(t.dtype).removeprefix("torch.")}
+    rel = 0.0 if len(kinds) == 1 else 2**-7 if "bfloat16" in kinds else 2**-10 if "float16" in kinds else 2**-22
+    for a, b in zip(saved["values"], fingerprint(t)["values"], strict=True):
+        if a != b and not abs(a - b) <= rel * max(abs(a), abs(b)) and not (a != a and b != b):
+            return f"{path!r} holds other values ({b:.6g} where the adapter's base had {a:.6g})"
+    return None
+
+
+def _whole(t: Tensor) -> Tensor:
+    """The full tensor behind an FSDP2 shard (a collective call on every rank)."""
+    return t.full_tensor() if type(t).__name__ == "DTensor" else t
+
+
+# ---------------------------------------------------------------- save
+
+
+def save(model: nn.Module, path: str | os.PathLike, names: str | Iterable[str] | None = None, include=None) -> SaveReport:
+    """Write adapters, and whatever else was trained or changed since `wrap`, into one safetensors file.
+
+    Args:
+        names: the adapters to write (all by default).
+        include: patterns of base parameters to write whole.
+
+    Raises:
+        ValueError: when a base parameter trains but is neither an adapter's nor included, or a tensor is an empty or partial shard.
+    """
+    root = bare(ensure_module(model))
+    outside_disabled(root)
+    chosen = which(root, names)
+    if not chosen:
+        raise ValueError("this model has no adapters: there is nothing to save")
+    header, tensors, owner = describe(root, chosen, as_list(include) if include is not None else [])
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return SaveReport(str(path), 0, 0, {}, {})  # every rank took part in gathering; one writes
+    total, head = write(path, tensors, header)
+    size = {k: t.numel() * t.element_size() for k, t in tensors.items()}
+    by = {n: sum(size[k] for k, o in owner.items() if o == n) for n in chosen}
+    return SaveReport(str(path), total, head, by, {k: size[k] for k, o in owner.items() if o is None})
+
+
+def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, dict[str, Tensor], dict[str, str | None]]:
+    """(header, tensors by path, adapter that owns each) of what a save would write."""
+    from .. import __version__
+
+    tensors: dict[str, Tensor] = {}
+    owner: dict[str, str | None] = {}
+
+    def put(key: str, t: Tensor, name: str | None, shape=None) -> None:
+        t = _whole(t)
+        if t.is_meta:
+            raise ValueError(f"{key!r} is on the meta device: it has no values to save")
+        if t.numel() == 0 or (shape is not None and tuple(t.shape) != tuple(shape)):
+            raise ValueError(f"{key!r} has shape {tuple(t.shape)} instead of {shape}: an empty or partial shard; gather the model before saving")
+        tensors[key], owner[key] = t, name
+
+    base: dict[str, dict] = {}
+    adapters = {n: {"name": n, "settings": [], "sites": []} for n in chosen}
+    hyper_index: dict[tuple[str, int], int] = {}
+    for host_path, host, stack in stacks(root):
+        stack.current()  # start values that are still to come are made now
+        for name in [n for n in stack.order if n in chosen]:
+            for site, method in stack.sites[name]:
+                prefix = join(host_path, CHILD, name, site.key)
+                for k, t in saved_tensors(method).items():
+                    put(f"{prefix}.{k}", t, name, method.shapes.get(k))
+                if method.in_place:
+                    put(join(host_path, site.param), host._parameters[site.param], name)
+                entry, recipe = adapters[name], method.recipe
+                index = hyper_index.setdefault((name, id(recipe)), len(entry["settings"]))
+                if index == len(entry["settings"]):
+                    entry["settings"].append(_settings(recipe))
+                    entry |= {"method": recipe.label, "seed": recipe.seed}
+                trainable = any(p.requires_grad for p in method.parameters()) or method.in_place
+                entry["active"] = name in stack.active
+                entry["trainable"] = entry.get("trainable", False) or trainable
+                entry["sites"].append(_site_facts(host_path, site, index, stack))
+                values = not (method.replaces or site.rule is layers.OPAQUE)
+                for param in dict.fromkeys(p for p in (site.param, site.bias if method.has_bias() and site.has_bias else None) if p):
+                    key = join(host_path, param)
+                    if key not in base or (values and "values" not in base[key]):
+                        base[key] = fingerprint(pristine(host, param), values)
+    for path, m in walk(root):
+        holder = m._modules.get(SHARED)
+        for name in chosen if holder is not None else ():
+            for k, t in holder._modules[name].state_dict(keep_vars=True).items() if name in holder._modules else ():
+                put(join(path, SHARED, name, k), t, name)
+    for _, _, ledger in ledgers(root):
+        for n in chosen:
+            adapters[n]["asked"] = ledger.targets.get(n) or adapters[n].get("asked")
+    buffers = _buffers(root)
+    for key, t in buffers.items():
+        put(key, t, None)
+    included = _included(root, include, set(tensors))
+    for key, t in included.items():
+        put(key, t, None)
+    header = {"peftlab": __version__, "adapters": list(adapters.values()), "base": base, "buffers": list(buffers), "included": list(included)}
+    return header, tensors, owner
+
+
+def _settings(recipe: Recipe) -> dict:
+    defaults = {k: p.default for k, p in keywords(recipe.cls).items()}
+    values = {**defaults, **recipe.hyper}
+    try:
+        plain = json.loads(json.dumps(values, default=list))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"the options of {recipe.label} cannot be written to a file: {values} ({e})") from None
+    return {"options": plain, "at_default": [k for k in values if k not in recipe.hyper or recipe.hyper[k] == defaults.get(k)]}
+
+
+def _rows(rows) -> object:
+    return None if rows is None else {"from": rows.start, "to": rows.stop} if isinstance(rows, slice) else rows.tolist()
+
+
+def _rows_back(rows) -> slice | Tensor | None:
+    return None if rows is None else slice(rows["from"], rows["to"]) if isinstance(rows, dict) else torch.tensor(rows)
+
+
+def _site_facts(host_path: str, s: Site, settings: int, stack) -> dict:
+    tie = None if not s.tied else "untie" if s.param in stack.untied else "share"
+    facts = {
+        "host": host_path, "key": s.key, "kind": s.kind, "param": s.param, "bias": s.bias, "rule": s.rule.name, "rows": _rows(s.rows),
+        "bias_rows": _rows(s.bias_rows), "expert": s.expert, "transposed": s.transposed, "read": s.read_only, "size": [s.n_out, s.n_in],
+        "shape": list(s.shape), "settings": settings, "tie": tie,
+    }  # fmt: skip
+    return {k: v for k, v in facts.items() if k == "host" or not (v is None or v is False or v == "")}
+
+
+def _buffers(root: nn.Module) -> dict[str, Tensor]:
+    """Persistent base buffers that changed since wrap."""
+    changed = {id(b) for b, _ in _changed_buffers(root)}
+    found = {}
+    for path, m in walk(root):
+        for n, b in m._buffers.items():
+            key = join(path, n)
+            if b is not None and (id(b) in changed or _moved(root, key, b)):
+                found[key] = b
+    return found
+
+
+def _moved(root: nn.Module, key: str, t: Tensor) -> bool:
+    return any(ledger.moved(key.removeprefix(f"{path}.") if path else key, t) for path, _, ledger in ledgers(root))
+
+
+def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Tensor]:
+    """Base parameters to be saved whole; one that trains or has been trained and that nobody saves raises."""
+    found: dict[str, Tensor] = {}
+    hit = set()
+    every = [(join(path, n), path, n, m) for path, m in walk(root) for n, p in m._parameters.items() if p is not None]
+    for key, path, n, m in every:
+        p = m._parameters[n]
+        for pattern in patterns:
+            if matches(pattern, key, m) or matches(pattern, path, m):
+                found[key] = p
+                hit.add(show(pattern))
+        if key in taken or key in found:
+            continue
+        state = "is trainable" if p.requires_grad else "was changed after wrap" if _moved(root, key, pristine(m, n)) else ""
+        if state:
+            raise ValueError(
+                f"the base parameter {key!r} {state} but belongs to no adapter: it would be missing from the file. "
+                f"Use wrap(model, 'full', targets={key!r}, name=...) to train a copy, or save(..., include={key!r}) to write it whole."
+            )
+    for pattern in patterns:
+        if show(pattern) not in hit:
+            raise ValueError(f"include: {show(pattern)} matches nothing.{did_you_mean(str(pattern), [k for k, *_ in every])}")
+    return found
+
+
+# ---------------------------------------------------------------- load
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike, names: str | Iterable[str] | Mapping[str, str] | None = None, *, trainable: bool | None = None,
+    strict: bool = True, allow_base_mismatch: bool = False, dtype: torch.dtype | None = None,
+) -> LoadReport:  # fmt: skip
+    """Attach the adapters of a file to a model (or fill adapters of the same name and settings that are there already, in place).
+
+    Args:
+        names: which adapters of the file (all by default); a mapping renames them.
+        trainable: whether the loaded adapters train; by default new ones do and those that are there already stay as they are.
+        strict: raise when a tensor of the file is not used or an adapter tensor is not in the file.
+        allow_base_mismatch: load although the base is not the one the adapter was trained on.
+        dtype: of the adapter's tensors; by default the file's.
+
+    Raises:
+        LoadError: with both name lists, counts and the nearest names; the model is then unchanged.
+    """
+    root = bare(ensure_module(model))
+    outside_disabled(root)
+    check_dtype(dtype)
+    for what, flag in (("trainable", trainable), ("strict", strict), ("allow_base_mismatch", allow_base_mismatch)):
+        if not isinstance(flag, bool) and not (what == "trainable" and flag is None):
+            raise TypeError(f"{what}={flag!r}: True or False")
+    header = read_header(path)
+    there = {a["name"]: a for a in header["adapters"]}
+    if isinstance(names, Mapping):
+        renamed = dict(names)
+    else:
+        renamed = {n: n for n in (there if names is None else [names] if isinstance(names, str) else names)}
+    if not renamed:
+        raise ValueError(f"names={names!r} means no adapter; {str(path)!r} holds {list(there)}")
+    for new in renamed.values():
+        check_name(new)
+    if len(set(renamed.values())) < len(renamed):
+        raise ValueError(f"names={names!r} gives two adapters one name")
+    for n in renamed:
+        if n not in there:
+            raise LoadError(f"{str(path)!r} has no adapter {n!r}; it holds {list(there)}.{did_you_mean(n, there)}")
+    header, tensors = read(path)
+    view = Model.of(root)
+    if not allow_base_mismatch:
+        _check_base(root, header, [there[n] for n in renamed])
+    jobs = [_job(view, root, header, there[old], new, tensors, dtype) for old, new in renamed.items()]
+    rest = _base_tensors(root, header)
+    used = {k for job in jobs for k in job.used} | rest.keys()
+    others = [a for n, a in there.items() if n not in renamed]
+    unconsumed = sorted(k for k in tensors if k not in used and not any(_belongs(k, a) for a in others))
+    unfilled = sorted(k for job in jobs for k in job.unfilled)
+    if strict and (unconsumed or unfilled):
+        raise LoadError(_mismatch(unconsumed, unfilled))
+    # Only now, with everything checked, is the model touched.
+    report = LoadReport(str(path), list(renamed.values()), False, len(used), unconsumed, unfilled)
+    for job in jobs:
+        job.commit(root, trainable)
+    report.trainable = any(p.requires_grad for _, _, _, m in adapter_modules(root, report.adapters) for p in m.parameters())
+    with torch.no_grad():
+        for key, t in rest.items():
+            t.copy_(tensors[key])
+            report.replaced.append(key)
+    return report
+
+
+def _check_base(root: nn.Module, header: dict, adapters: list[dict]) -> None:
+    params = {join(path, n): (m, n) for path, m in walk(root) for n, p in m._parameters.items() if p is not None}
+    needed = {join(s["host"], p) for a in adapters for s in a["sites"] for p in (s.get("param"), s.get("bias")) if p}
+    for key, saved in header["base"].items():
+        if key not in needed:
+            continue
+        if key not in params:
+            raise LoadError(f"the adapter was trained on {key!r}, which this model does not have.{did_you_mean(key, params)}")
+        host, n = params[key]
+        found = layers.is_opaque_linear(host)
+        wrong = None if found else _differs(key, saved, pristine(host, n))
+        if wrong:
+            raise LoadError(f"this is not the base that the adapter was trained on: {wrong}. allow_base_mismatch=True loads it all the same.")
+
+
+def _base_tensors(root: nn.Module, header: dict) -> dict[str, Tensor]:
+    """The base's own tensors that the file replaces: changed buffers, included parameters, in-place trained ones."""
+    there = {join(path, n): t for path, m in walk(root) for n, t in [*m._parameters.items(), *m._buffers.items()] if t is not None}
+    wanted = [*header["buffers"], *header["included"], *(k for k in header["tensors"] if k in there and k not in header["buffers"])]
+    out = {}
+    for key in dict.fromkeys(wanted):
+        if key not in there:
+            raise LoadError(f"the file replaces {key!r}, which this model does not have.{did_you_mean(key, there)}")
+        if list(there[key].shape) != header["tensors"][key][1]:
+            raise LoadError(f"{key!r} has shape {tuple(there[key].shape)} here and {tuple(header['tensors'][key][1])} in the file")
+        out[key] = there[key]
+    return out
+
+
+@dataclass
+class _Job:
+    """One adapter of a file, built and checked, ready to be attached."""
+
+    req: _Request
+    methods: list[Method]
+    active: bool
+    used: set[str]
+    unfilled: list[str]
+    writes: list[tuple[Tensor, Tensor]] | None  # (adapter tensor there, value) where the adapter exists already
+
+    def commit(self, root: nn.Module, trainable: bool | None) -> None:
+        if self.writes is not None:
+            with torch.no_grad():
+                for t, value in self.writes:
+                    t.copy_(value)
+            if trainable is not None:
+                set_trainable(root, self.req.name, trainable)
+            return
+        attach(root, self.req, self.methods)
+        set_trainable(root, self.req.name, trainable is not False)
+        if not self.active:
+            for _, _, s in stacks(root):
+                if self.req.name in s.active:
+                    s.set_active(tuple(n for n in s.active if n != self.req.name))
+
+
+def _job(view: Model, root: nn.Module, header: dict, entry: dict, name: str, tensors: dict, dtype) -> _Job:
+    cls = _class_of(entry["method"])
+    hypers = [_options(cls, s, header["peftlab"]) for s in entry["settings"]]
+    sites = _sites(view, entry)
+    mine = {k: t for k, t in tensors.items() if _belongs(k, entry)}
+    tie = next((s.get("tie") for s in entry["sites"] if s.get("tie")), None)
+    req = _Request(
+        view, cls, entry["method"], name, sites, {}, [hypers[s["settings"]] for s in entry["sites"]], entry["seed"], dtype, tie, entry.get("asked") or {}
+    )
+    if name in names(root):
+        return _refill(root, req, entry, mine)
+    used: set[str] = set()
+    unfilled: list[str] = []
+    methods = []
+    with fenced_rng():
+        recipes = req.recipes("cpu")
+        for site, recipe, facts in zip(sites, recipes, entry["sites"], strict=True):
+            methods.append(_filled(site, recipe, facts, entry["name"], mine, used, unfilled, dtype))
+        common = recipes[0].common
+        prefix = f"{join(SHARED, entry['name'])}."
+        if common is not None:
+            _fill(common, prefix, mine, used, unfilled, next(iter(sites)).device, dtype)
+    return _Job(req, methods, entry.get("active", True), used, unfilled, None)
+
+
+def _belongs(key: str, entry: dict) -> bool:
+    """Whether a tensor is this adapter's, by the structure of its path: its host, then CHILD, then its name."""
+    hosts_of = entry.setdefault("_hosts", {s["host"] for s in entry["sites"]})
+    name = entry["name"]
+    parts = key.split(".")
+    for i in range(len(parts) - 2):
+        if parts[i] == CHILD and parts[i + 1] == name and ".".join(parts[:i]) in hosts_of:
+            return True
+        if parts[i] == SHARED and parts[i + 1] == name:
+            return True
+    return False
+
+
+def _mismatch(unconsumed: list[str], unfilled: list[str]) -> str:
+    out = ["the file does not fit the adapter."]
+    for what, keys, other in (("in the file but not used", unconsumed, unfilled), ("in the adapter but not in the file", unfilled, unconsumed)):
+        if keys:
+            close = [f"{k!r} (nearest: {', '.join(map(repr, nearest(k, other, 1))) or 'none'})" for k in keys[:5]]
+            out.append(f"{len(keys)} {what}: {', '.join(close)}{' ...' if len(keys) > 5 else ''}.")
+    return " ".join(out)
+
+
+def _class_of(label: str) -> type[Method]:
+    if ":" not in label:
+        if label not in entries():
+            raise LoadError(f"the file needs the method {label!r}, which this version does not have.{did_you_mean(label, entries())}")
+        return resolve(label)[0]
+    todo, seen = [Method], set()
+    while todo:
+        for c in todo.pop().__subclasses__():
+            if f"{c.__module__}:{c.__qualname__}" == label:
+                return c
+            if c not in seen:
+                seen.add(c)
+                todo.append(c)
+    raise LoadError(f"the file needs the class {label!r}; import it before loading (files never cause code to be imported)")
+
+
+def _options(cls: type[Method], settings: dict, version: str) -> dict:
+    known = keywords(cls)
+    out = {}
+    for k, v in settings["options"].items():
+        if k in known:
+            out[k] = v
+        elif k not in settings["at_default"]:
+            raise LoadError(f"{cls.__name__} has no option {k!r} (here {v!r}), which peftlab {version} wrote.{did_you_mean(k, known)}")
+    return {k: v for k, v in out.items() if k not in settings["at_default"] or known[k].default != v}
+
+
+def _sites(view: Model, entry: dict) -> list[Site]:
+    by_path = {p: m for k, m in view.modules.items() for p in view.paths[k]}
+    out = []
+    for s in entry["sites"]:
+        m = by_path.get(s["host"])
+        if m is None:
+            raise LoadError(f"the adapter {entry['name']!r} sits at {s['host']!r}, which this model does not have.{did_you_mean(s['host'], by_path)}")
+        param = s.get("param")
+        raw = m._parameters.get(param) if param else None
+        rule = layers.rule_of(m) if s["rule"] != "matrix" else layers.MATRIX
+        if param and (rule is None or (raw is None and rule is not layers.OPAQUE)):
+            raise LoadError(f"{join(s['host'], param)!r}, which the adapter changes, is not in this model; a {type(m).__name__} is there")
+        site = Site(
+            m, join(s["host"], s.get("key", "")), s.get("key", ""), s["kind"], param, s.get("bias"), rule or layers.MATRIX, _rows_back(s.get("rows")),
+            _rows_back(s.get("bias_rows")), s.get("expert"), s.get("transposed", False), s.get("read", False), n_out=s["size"][0], n_in=s["size"][1],
+            shape=tuple(s["shape"]),
+        )  # fmt: skip
+        _check_size(site, raw)
+        if s["kind"] == "matrix" and s["rule"] != "matrix" and not layers.surrounds(m, hosts.original_class(m)):
+            site.read_only = True
+        if s.get("tie"):
+            site.tied = tuple(o for o in view.owners.get(storage(raw), ()) if o[0] is not m)
+        out.append(site)
+    return out
+
+
+def _check_size(site: Site, raw: Tensor | None) -> None:
+    if site.kind == "module":
+        return
+    if site.kind == "tensor":
+        there, wanted = tuple(raw.shape), site.shape
+    elif site.rule is layers.OPAQUE:
+        there, wanted = layers.features(site.host, site.rule, raw), (site.n_out, site.n_in)
+    else:
+        probe = Site(**{**vars(site), "rows": None})
+        there = tuple(probe.get(probe.part(torch.empty(raw.shape, device="meta"))).shape)
+        wanted = (site.n_out, site.n_in) if site.rows is None else (there[0], site.n_in)
+    if there != wanted:
+        raise LoadError(f"{site.path!r} has size {there} in this model and {wanted} in the file")
+
+
+def _filled(site: Site, recipe: Recipe, facts: dict, name: str, mine: dict, used: set, unfilled: list, dtype) -> Method:
+    """The method with the file's tensors in it; start values are computed only where the file does not give them."""
+    prefix = f"{join(facts['host'], CHILD, name, site.key)}."
+    method = recipe.build(as_kind(site, Shape), (), "meta")
+    missing: list[str] = []
+    device = torch.device("cpu") if site.device.type == "meta" else site.device
+    _fill(method, prefix, mine, used, missing, device, dtype)
+    if any(t.is_meta for t in [*method.parameters(), *method.buffers()]):
+        fresh = recipe.build(site)
+        finish(fresh, site, dtype or torch.promote_types(torch.float32, site.dtype))
+        _fill(fresh, prefix, mine, used, [], device, dtype)
+        method = fresh
+    unfilled += missing
+    method.training = site.host.training
+    return method
+
+
+def _fill(module: nn.Module, prefix: str, mine: dict, used: set, missing: list, device, dtype) -> None:
+    for sub_path, m in module.named_modules():
+        for table, is_param in ((m._parameters, True), (m._buffers, False)):
+            for k, t in table.items():
+                if t is None or (not is_param and k in m._non_persistent_buffers_set):
+                    continue
+                key = prefix + join(sub_path, k)
+                value = mine.get(key)
+                if value is None:
+                    missing.append(key)
+                    continue
+                if value.shape != t.shape:
+                    raise LoadError(f"{key!r} has shape {tuple(value.shape)} in the file; the adapter needs {tuple(t.shape)}")
+                used.add(key)
+                value = value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
+                table[k] = nn.Parameter(value, requires_grad=value.is_floating_point()) if is_param else value
+
+
+def _refill(root: nn.Module, req: _Request, entry: dict, mine: dict) -> _Job:
+    """Values for an adapter that is there already: same method, settings and places, or an error."""
+    old = entry["name"]
+    there = {(path, s.key): (s, m) for path, _, st in stacks(root) for s, m in st.sites.get(req.name, ())}
+    if any(req.name in st.merged for _, _, st in stacks(root)):
+        raise LoadError(f"the adapter {req.name!r} is merged: unmerge it before its tensors are overwritten")
+    wanted = {(s["host"], s.get("key", "")): i for i, s in enumerate(entry["sites"])}
+    if there.keys() != wanted.keys():
+        odd = sorted(join(*k) for k in there.keys() ^ wanted.keys())
+        raise LoadError(
+            f"this model already has an adapter {req.name!r} at other places ({odd[0]!r} and {len(odd) - 1} more); unwrap it, or load under another name"
+        )
+    used, missing, writes = set(), [], []
+    for key, (_, m) in there.items():
+        want = req.hypers[wanted[key]]
+        have = _settings(m.recipe)["options"]
+        want = _settings(Recipe(req.cls, req.label, want, req.name, req.seed))["options"]
+        if m.recipe.label != req.label or have != want:
+            odd = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+            raise LoadError(
+                f"this model already has an adapter {req.name!r} with other settings ({m.recipe.label}, {', '.join(odd)}); "
+                "unwrap it, or load under another name"
+            )
+        prefix = f"{join(key[0], CHILD, old, key[1])}."
+        for k, t in saved_tensors(m).items():
+            value = mine.get(prefix + k)
+            if value is None:
+                missing.append(prefix + k)
+            elif value.shape != t.shape:
+                raise LoadError(f"{prefix + k!r} has shape {tuple(value.shape)} in the file; the adapter has {tuple(t.shape)}")
+            else:
+                used.add(prefix + k)
+                writes.append((t, value))
+    for _, m in walk(root):
+        holder = m._modules.get(SHARED)
+        for k, t in holder._modules[req.name].state_dict(keep_vars=True).items() if holder is not None and req.name in holder._modules else ():
+            key = join(SHARED, old, k)
+            if key in mine:
+                used.add(key)
+                writes.append((t, mine[key]))
+    return _Job(req, [m for _, m in there.values()], True, used, missing, writes)
+
+
+__all__ = ["LoadError", "LoadReport", "SaveReport", "fingerprint", "load", "read_header", "save"]

@@ -1,0 +1,270 @@
+"""What a layer type must say once, so that no method has to.
+
+A rule sees one layer's weight as a matrix `(n_out, n_in)` and says how the layer's own operation runs with another matrix in
+its place. Methods are written against these few verbs and therefore work on every layer that has a rule. Rules are stateless;
+the layer `m` is always an argument. To add a layer type, write a rule and put it in `RULES`.
+
+Legend: W canonical weight (n_out, n_in); M any matrix (rows, n_in); B (n_out, rows); h what `apply` returned; v a vector over
+output features. Grouped convolutions share one matrix M among their groups, so there h carries groups * rows channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NeedsWeight(ValueError):
+    """A method asked an opaque layer for weight values that it does not give."""
+
+
+class Rule:
+    """How to see a raw parameter as a matrix, and how to run the layer with another one."""
+
+    name = "matrix"
+    weight: str | None = "weight"
+    bias: str | None = "bias"
+    pointwise = False  # acts on the last dimension of x alone
+    call = False  # the layer can be run functionally, so that a method may surround the call
+    linear = True  # output is linear in the weight
+
+    def ndim(self, m: nn.Module, raw: Tensor) -> int:
+        return raw.ndim
+
+    def matrix(self, m: nn.Module, raw: Tensor) -> Tensor:
+        """Raw parameter -> (n_out, n_in)."""
+        return raw.flatten(1)
+
+    def raw(self, m: nn.Module, W: Tensor, before: Tensor) -> Tensor:
+        """(n_out, n_in) -> the raw layout of `before`."""
+        return W.reshape(W.shape[0], *before.shape[1:])
+
+    def ready(self, m: nn.Module) -> bool:
+        """Whether this very layer may be surrounded rather than read (some settings are not linear)."""
+        return self.call
+
+    def affine(self, m: nn.Module, W: Tensor, b: Tensor | None, x: Tensor, *args, **kwargs) -> Tensor:
+        raise NotImplementedError(f"{type(m).__name__} is read, not called")
+
+    def apply(self, m: nn.Module, M: Tensor, x: Tensor) -> Tensor:
+        """The layer's own operation with M in place of its weight, without bias."""
+        raise NotImplementedError(f"{type(m).__name__} is read, not called")
+
+    def mix(self, m: nn.Module, B: Tensor, h: Tensor) -> Tensor:
+        """B (n_out, rows) over the feature axis of h."""
+        return F.linear(h, B.to(h.dtype))
+
+    def plus(self, m: nn.Module, W: Tensor, b: Tensor | None, x: Tensor, B: Tensor, h: Tensor) -> Tensor | None:
+        """affine(W, b, x) + mix(B, h) in fewer passes, or None where the rule knows no shorter way."""
+        return None
+
+    def along(self, m: nn.Module, v: Tensor, y: Tensor) -> Tensor:
+        """v (features,) shaped to broadcast against the feature axis of y."""
+        return v.to(y.dtype)
+
+    def finish(self, m: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        """What the layer guarantees of its output whatever the weight (an embedding's padding row)."""
+        return y
+
+
+class Matrix(Rule):
+    """A raw parameter that is only ever read."""
+
+
+class Linear(Rule):
+    name, pointwise, call = "linear", True, True
+
+    def affine(self, m, W, b, x):
+        return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def apply(self, m, M, x):
+        return F.linear(x, M.to(x.dtype))
+
+    def plus(self, m, W, b, x, B, h):
+        # The product is a fresh tensor that nothing else holds and whose value no backward needs: adding in place saves two passes.
+        y = F.linear(x.reshape(-1, x.shape[-1]), W, b)
+        y.addmm_(h.reshape(-1, h.shape[-1]).to(y.dtype), B.t().to(y.dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class Conv1D(Linear):
+    """The transposed linear of GPT-2 in transformers: weight (n_in, n_out). Known by name, so transformers is not imported."""
+
+    name = "conv1d_hf"
+
+    def matrix(self, m, raw):
+        return raw.t()
+
+    def raw(self, m, W, before):
+        return W.t()
+
+
+class Opaque(Linear):
+    """A linear that can be called but whose weight is packed (a foreign quantised layer)."""
+
+    name = "opaque"
+
+    def matrix(self, m, raw):
+        raise NeedsWeight(f"{type(m).__name__} keeps its weight packed and only offers a call")
+
+    raw = matrix
+
+    def affine(self, m, W, b, x):
+        raise NeedsWeight(f"{type(m).__name__} keeps its weight packed and only offers a call")
+
+    def plus(self, m, W, b, x, B, h):
+        return None
+
+
+class Conv(Rule):
+    """Conv1d, 2d and 3d with groups, stride, dilation and every padding mode: the layer's own `_conv_forward` does the work."""
+
+    name, call = "conv", True
+
+    def affine(self, m, W, b, x):
+        raw = W.reshape(W.shape[0], *m._parameters["weight"].shape[1:])
+        return m._conv_forward(x, raw.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def apply(self, m, M, x):
+        return self.affine(m, M.repeat(m.groups, 1) if m.groups > 1 else M, None, x)
+
+    def mix(self, m, B, h):
+        nd = m._parameters["weight"].ndim - 2
+        conv = (F.conv1d, F.conv2d, F.conv3d)[nd - 1]
+        return conv(h, B.reshape(*B.shape, *(1,) * nd).to(h.dtype), groups=m.groups)
+
+    def along(self, m, v, y):
+        nd = m._parameters["weight"].ndim - 2
+        if v.shape[0] != y.shape[-1 - nd]:
+            v = v.repeat(m.groups)
+        return v.reshape(-1, *(1,) * nd).to(y.dtype)
+
+
+class ConvTranspose(Conv):
+    """ConvTranspose1d, 2d and 3d; raw weight (in, out / groups, *kernel), canonical (out, in / groups * kernel)."""
+
+    name = "conv_transpose"
+
+    def matrix(self, m, raw):
+        g, k = m.groups, raw[0, 0].numel()
+        W = raw.reshape(g, raw.shape[0] // g, raw.shape[1], k)
+        return W.transpose(1, 2).reshape(g * raw.shape[1], -1)
+
+    def raw(self, m, W, before):
+        g, k = m.groups, before[0, 0].numel()
+        rows = W.shape[0] // g
+        out = W.reshape(g, rows, before.shape[0] // g, k).transpose(1, 2)
+        return out.reshape(before.shape[0], rows, *before.shape[2:])
+
+    def affine(self, m, W, b, x, output_size=None):
+        kernel = m._parameters["weight"]
+        nd = kernel.ndim - 2
+        raw = self.raw(m, W, kernel).to(x.dtype)
+        pad = m._output_padding(x, output_size, m.stride, m.padding, m.kernel_size, nd, m.dilation)
+        conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[nd - 1]
+        return conv(x, raw, None if b is None else b.to(x.dtype), m.stride, m.padding, pad, m.groups, m.dilation)
+
+
+class Embedding(Rule):
+    """A lookup of the columns of the canonical matrix (dim, num_embeddings)."""
+
+    name, bias, call = "embedding", None, True
+
+    def matrix(self, m, raw):
+        return raw.t()
+
+    def raw(self, m, W, before):
+        out = W.t()
+        pad = getattr(m, "padding_idx", None)
+        if pad is None:
+            return out
+        is_pad = torch.arange(out.shape[0], device=out.device) == pad
+        return torch.where(is_pad[:, None], before.to(out.dtype), out)
+
+    def ready(self, m):
+        return m.max_norm is None and not m.scale_grad_by_freq
+
+    def affine(self, m, W, b, x):
+        # A lookup has no activation dtype of its own: it takes the frozen table's. Cast the rows, not the table.
+        y = F.embedding(x, W.t(), m.padding_idx)
+        y = self.finish(m, y, x)
+        return y.to(m._parameters["weight"].dtype)
+
+    def apply(self, m, M, x):
+        return F.embedding(x, M.t()).to(m._parameters["weight"].dtype)
+
+    def finish(self, m, y, x):
+        if m.padding_idx is None:
+            return y
+        row = m._parameters["weight"][m.padding_idx]
+        return torch.where((x == m.padding_idx)[..., None], row.to(y.dtype), y)
+
+
+class Bilinear(Matrix):
+    name = "bilinear"
+
+
+MATRIX, LINEAR, CONV1D, OPAQUE = Matrix(), Linear(), Conv1D(), Opaque()
+RULES: dict[type, Rule] = {
+    nn.Linear: LINEAR,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Conv()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTranspose()),
+    nn.Embedding: Embedding(),
+    nn.Bilinear: Bilinear(),
+}
+
+
+def is_hf_conv1d(cls: type) -> bool:
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+
+
+def _registered(cls: type) -> tuple[type, Rule] | None:
+    for c in cls.__mro__:
+        if c in RULES:
+            return c, RULES[c]
+        if is_hf_conv1d(c):
+            return c, CONV1D
+    return None
+
+
+def is_opaque_linear(m: nn.Module) -> bool:
+    """Has the features of a linear but no floating matrix of that shape: a packed, foreign quantised layer."""
+    n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
+    if not (isinstance(n_in, int) and isinstance(n_out, int)) or isinstance(m, nn.Bilinear):
+        return False
+    W = m._parameters.get("weight")
+    return W is None or not W.is_floating_point() or tuple(W.shape) != (n_out, n_in)
+
+
+def rule_of(m: nn.Module) -> Rule | None:
+    """The rule of this layer's main weight, or None where the layer has none.
+
+    A subclass with a forward of its own keeps the rule's view of the weight, but `surrounds` says that it must be read.
+    """
+    if is_opaque_linear(m):
+        return OPAQUE
+    found = _registered(type(m))
+    if found and isinstance(m._parameters.get("weight"), Tensor):
+        return found[1]
+    W = m._parameters.get("weight")
+    n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
+    if W is not None and n_in is not None and tuple(W.shape) == (n_out, n_in):
+        return LINEAR  # a linear that is not nn.Linear; its own forward is unknown, so it is read
+    return None
+
+
+def surrounds(m: nn.Module, cls: type) -> bool:
+    """Whether the layer runs its registered class's forward unchanged, so that the rule's functional form is its operation."""
+    if is_opaque_linear(m):
+        return True
+    found = _registered(cls)
+    return found is not None and cls.forward is found[0].forward and found[1].ready(m)
+
+
+def features(m: nn.Module, rule: Rule, raw: Tensor | None) -> tuple[int, int]:
+    """(n_out, n_in) without touching values."""
+    if rule is OPAQUE:
+        return m.out_features, m.in_features
+    with torch.device("meta"):
+        return tuple(rule.matrix(m, torch.empty(raw.shape)).shape)

@@ -1,0 +1,70 @@
+"""Full: every entry is trained, in a copy.
+
+    W' = C + (W - W0)        C (shape) = W0, the frozen tensor; W is what the methods below made of it
+
+in_place=True trains the base tensor itself instead (ordinary full fine-tuning, nothing of its own to save or to switch off).
+gradual=True unfreezes layer by layer, last one first, in equal shares of the schedule's steps; a layer is a numbered block.
+
+Trains: numel
+Structure: any W'
+Family: selective
+Paper: gradual unfreezing: Howard and Ruder 2018 (ULMFiT), arXiv 1801.06146, sec. 3.3
+Differs: ULMFiT unfreezes one layer an epoch, here one every T / layers steps.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..method import Base, Method
+from ..parts.guard import demand_schedule
+
+
+def layer(path: str) -> str:
+    """The numbered block that a path lies in, or the path itself."""
+    block = re.match(r"(?:.*?\.)?\d+(?=\.)", path)
+    return block.group() if block else path
+
+
+class Layers(nn.Module):
+    """The layers of an adapter in the order in which they were found."""
+
+    def __init__(self, paths: list[str]):
+        super().__init__()
+        self.order = list(dict.fromkeys(layer(p) for p in paths))
+
+
+class Full(Method):
+    on = "tensor"
+    replaces = True
+
+    def __init__(self, base: Base, *, in_place: bool = False, gradual: bool = False):
+        super().__init__(base)
+        self.in_place, self.gradual, self.awake = in_place, gradual, True
+        self.C = None if in_place else nn.Parameter(torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32)))
+        if not in_place and not self.C.is_meta:
+            self.C.copy_(base.site.origin())
+        if gradual:
+            self.turn = len(self.common.order) - 1 - self.common.order.index(layer(base.path))  # 0: the last layer
+            self.awake = self.turn == 0
+            if not in_place:
+                demand_schedule(self, self.C, base.path)
+
+    @classmethod
+    def shared(cls, sites, *, gradual: bool = False) -> nn.Module | None:
+        return Layers([s.path for s in sites]) if gradual else None
+
+    def weight(self, W: Tensor) -> Tensor:
+        if self.in_place:
+            return W
+        C, origin = self.C if self.awake else self.C.detach(), self.site.origin()
+        return C if W is origin else C + (W - origin)
+
+    def step(self, t: int, T: int, lr: float) -> None:
+        if self.gradual:
+            self.awake = t * len(self.common.order) >= self.turn * T
+            if self.in_place:
+                self.site.raw_tensor.requires_grad_(self.awake)

@@ -1,0 +1,190 @@
+"""Low-rank factors of a matrix: truncated SVD with a stated error, starting factors, running principal components.
+
+Legend: W (m, n); r rank; U (m, r), S (r,), Vh (r, n) with W ~ U diag(S) Vh; A (r, n), B (m, r) with B A a rank-r matrix.
+Everything is computed in float32 or better, on the device of W, and draws from generators of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Error(NamedTuple):
+    """How good a rank-r approximation is. residual = |W - U S Vh|_F; no rank-r matrix has a residual below `floor`."""
+
+    residual: float
+    floor: float
+
+
+class Truncated(NamedTuple):
+    U: Tensor  # (m, r)
+    S: Tensor  # (r,), decreasing
+    Vh: Tensor  # (r, n)
+    error: Error
+
+
+def working(W: Tensor) -> Tensor:
+    """W without gradient, in float32 or better."""
+    return W.detach().to(torch.promote_types(W.dtype, torch.float32))
+
+
+def leading_columns(W: Tensor, k: int, iterations: int = 4, seed: int = 0) -> Tensor:
+    """Q (m, k) with orthonormal columns that nearly span the k leading left singular vectors of W.
+
+    Subspace iteration, orthonormalised at every product: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4.
+    """
+    draw = torch.randn(W.shape[1], k, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32)
+    Q = torch.linalg.qr(W @ draw.to(W)).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
+    return Q
+
+
+def largest_beyond(W: Tensor, Q: Tensor, power: int = 5, draws: int = 16, seed: int = 1) -> float:
+    """An upper bound of the spectral norm of E = W - Q Q'W that fails with probability at most 4^-draws.
+
+    Halko, Martinsson, Tropp 2011, arXiv 0909.4061, lemma 4.1, applied to (E E')^power E, whose norm is |E|^(2 power + 1).
+    """
+    z = torch.randn(W.shape[1], draws, generator=torch.Generator("cpu").manual_seed(seed), device="cpu", dtype=torch.float32).to(W)
+    logs = torch.zeros(draws, dtype=torch.float64, device=W.device)
+    for i in range(2 * power + 1):
+        z = W.mT @ z if i % 2 else W @ z
+        z = z if i % 2 else z - Q @ (Q.mT @ z)  # E'z = W'z where z is orthogonal to Q
+        size = torch.linalg.vector_norm(z, dim=0)
+        logs += size.double().log()
+        z = z / size.clamp_min(torch.finfo(z.dtype).tiny)
+    return math.exp((math.log(4 * math.sqrt(2 / math.pi)) + logs.max().item()) / (2 * power + 1))
+
+
+def leading_energy(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, r: int, beyond: float) -> float:
+    """An upper bound of the sum of the r largest squared singular values of W, from a subspace U (m, k) with U'W = diag(S) Vh.
+
+    With R = W V - U S and E the rest of W, whose norm is at most `largest_beyond` and whose Frobenius norm is `beyond`, the matrix W'W
+    in the basis (V, rest) is [[H, G'], [G, E'E]], H = S^2 + R'R, G = E'R. Ky Fan: the sum exceeds that of S^2 by at most
+    min(beyond^2, r |E|^2). Schur complement: if h, the r-th eigenvalue of H, exceeds |E|^2, the sum is at most that of the r largest
+    eigenvalues of H + G'G / (h - |E|^2), which is far sharper once the iteration has converged.
+    """
+    kappa = largest_beyond(W, U) ** 2
+    ky_fan = S[:r].double().square().sum().item() + min(beyond**2, r * kappa)
+    R = W @ Vh.mT - U * S
+    G = W.mT @ R
+    G = G - Vh.mT @ (Vh @ G)
+    H = torch.diag(S.double().square()) + (R.mT @ R).double()
+    gap = torch.linalg.eigvalsh(H)[-r].item() - kappa
+    if gap <= 0:
+        return ky_fan
+    return min(ky_fan, torch.linalg.eigvalsh(H + (G.mT @ G).double() / gap)[-r:].sum().item())
+
+
+def randomized_svd(W: Tensor, r: int, *, oversample: int = 10, iterations: int = 4, seed: int = 0) -> Truncated:
+    """The r leading singular triplets of W by subspace iteration, the same on every call.
+
+    `error.residual` is the exact Frobenius error (one dense temporary). `error.floor` is below the best error that any matrix of
+    rank r has (Eckart-Young), up to rounding and with probability 1 - 4^-16: see `leading_energy`.
+    """
+    W = working(W)
+    Q = leading_columns(W, min(r + oversample, *W.shape), iterations, seed)
+    Uk, Sk, Vk = torch.linalg.svd(Q.mT @ W, full_matrices=False)
+    Uk = Q @ Uk
+    U, S, Vh = Uk[:, :r], Sk[:r], Vk[:r]
+    residual = torch.linalg.vector_norm(torch.addmm(W, U * S, Vh, alpha=-1), dtype=torch.float64).item()
+    tail = Sk[r:].double().square().sum().item()
+    beyond = math.sqrt(max(0.0, residual**2 - tail))  # what the whole subspace leaves, by Pythagoras
+    energy = residual**2 + S.double().square().sum().item()
+    floor = math.sqrt(max(tail, energy - leading_energy(W, Uk, Sk, Vk, r, beyond)))
+    return Truncated(U, S, Vh, Error(residual, min(floor, residual)))
+
+
+def exact_svd(W: Tensor, r: int) -> Truncated:
+    """The r leading singular triplets of W from its full decomposition; the error is the optimum."""
+    U, S, Vh = torch.linalg.svd(working(W), full_matrices=False)
+    best = math.sqrt(S[r:].double().square().sum().item())
+    return Truncated(U[:, :r], S[:r], Vh[:r], Error(best, best))
+
+
+# ---------------------------------------------------------------- starting factors (A, B)
+
+
+Start = tuple[Tensor, Tensor, Error | None]
+
+
+def principal(W: Tensor, r: int, s: float, svd: Callable = randomized_svd) -> Start:
+    """A, B with s B A the best rank-r part of W: B = U sqrt(S / s), A = sqrt(S / s) Vh (PiSSA, arXiv 2404.02948, eq. 2-3)."""
+    U, S, Vh, error = svd(W, r)
+    root = (S / s).sqrt()
+    return root[:, None] * Vh, U * root, error
+
+
+def orthonormal(W: Tensor, r: int, s: float) -> Start:
+    """A = R[:r], B = Q[:, :r] of W = Q R, whatever s (OLoRA, arXiv 2406.01775). The first r columns of Q need only those of W."""
+    W = working(W)
+    B = torch.linalg.qr(W[:, :r]).Q
+    return B.mT @ W, B, None
+
+
+STARTS: dict[str, Callable[[Tensor, int, float], Start]] = {
+    "pissa": principal,
+    "pissa_exact": functools.partial(principal, svd=exact_svd),
+    "olora": orthonormal,
+}
+
+
+def disjoint(n_out: int, n_in: int, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, n_in), B (n_out, r), both filled and yet B A = 0 up to rounding: they use complementary halves of an orthonormal basis."""
+    basis = torch.linalg.qr(torch.randn(r, r)).Q
+    A = basis[:, 0::2] @ torch.randn(r // 2, n_in)
+    B = torch.randn(n_out, r // 2) @ basis[:, 1::2].mT
+    return A / 10, B / 10
+
+
+# ---------------------------------------------------------------- principal components of a stream
+
+
+class Stream(NamedTuple):
+    """What is kept of the rows seen so far."""
+
+    count: int
+    mean: Tensor  # (n,)
+    S: Tensor  # (k,)
+    Vh: Tensor  # (k, n)
+
+
+def observe_rows(seen: Stream | None, X: Tensor, r: int, oversample: int = 10) -> Stream:
+    """Update the leading right singular vectors of the mean-centred rows with a batch X (rows, n).
+
+    Incremental PCA: Ross, Lim, Lin, Yang 2008, "Incremental Learning for Robust Visual Tracking", sec. 2.1.
+    """
+    X = working(X)
+    mean = X.mean(0)
+    if seen is None:
+        count, total, rows = len(X), mean, X - mean
+    else:
+        count = seen.count + len(X)
+        total = seen.mean + (mean - seen.mean) * (len(X) / count)
+        jump = math.sqrt(seen.count * len(X) / count) * (mean - seen.mean)
+        rows = torch.cat([seen.S[:, None] * seen.Vh, X - mean, jump[None]])
+    k = min(r + oversample, *rows.shape)
+    if min(rows.shape) > 4 * k:
+        rows = leading_columns(rows, k).mT @ rows
+    _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+    return Stream(count, total, S[:k], Vh[:k])
+
+
+# ---------------------------------------------------------------- norms
+
+
+def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """|W + s B A| of every row, (m,), without forming B A or any other (m, n) temporary.
+
+    |W_i|^2 + 2 s <B_i, (W A')_i> + s^2 B_i (A A') B_i'
+    """
+    dtype = torch.promote_types(W.dtype, A.dtype)
+    W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
+    cross = (B * torch.addmm(W @ A.mT, B, A @ A.mT, beta=2, alpha=s)).sum(1)
+    return torch.linalg.vector_norm(W, dim=1).square().add(cross, alpha=s).clamp_min(0).sqrt()

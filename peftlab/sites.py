@@ -1,0 +1,548 @@
+"""From patterns to sites: which parameters and modules of a model a method will sit at."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .host import SHARED, Adapted, Site, Stack, original_class, walk
+from .method import Method
+from .patterns import PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
+
+
+@dataclass
+class Model:
+    """One walk over a model: its modules with all their paths, their parents, and which storages are shared."""
+
+    root: nn.Module
+    paths: dict[int, list[str]] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
+    parents: dict[int, list[nn.Module]] = field(default_factory=dict)
+    owners: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)  # storage -> (module, parameter)
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Model:
+        self = cls(root)
+        by_path: dict[str, nn.Module] = {}
+        for path, m in walk(root, duplicates=True):
+            by_path[path] = m
+            known = id(m) in self.paths
+            self.paths.setdefault(id(m), []).append(path)
+            self.modules[id(m)] = m
+            if path:
+                self.parents.setdefault(id(m), []).append(by_path[path.rpartition(".")[0]])
+            if not known:
+                for name, p in m._parameters.items():
+                    if p is not None:
+                        self.owners.setdefault(storage(p), []).append((m, name))
+        return self
+
+    def path(self, m: nn.Module) -> str:
+        return self.paths[id(m)][0]
+
+
+def storage(t: Tensor) -> int:
+    """An identity of the memory behind a tensor, real or meta."""
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(t)
+
+
+def join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def candidates(model: Model, cls: type[Method], split: Mapping, layout: Mapping, read: list) -> Iterable[Site]:
+    """Every place where a method of this kind could sit, whether or not it fits there."""
+    used = Counter()
+    for key, m in model.modules.items():
+        paths = model.paths[key]
+        if cls.on == "module":
+            yield Site(m, paths[0], kind="module", param=None, names=tuple(paths))
+        elif cls.on == "tensor":
+            yield from _tensors(m, paths)
+        else:
+            yield from _matrices(model, m, paths, split, layout, read, used)
+    for what, given in (("split", split), ("layout", layout), ("read", dict.fromkeys(read))):
+        for pattern in given if cls.on == "matrix" else ():
+            if not used[what, show(pattern)]:
+                there = [p for ps in model.paths.values() for p in ps if p]
+                raise PatternError(f"{what}: {show(pattern)} matches nothing.{did_you_mean(str(pattern), there)}")
+
+
+def _tensors(m: nn.Module, paths: list[str]) -> Iterable[Site]:
+    for name, p in m._parameters.items():
+        if p is None or not p.is_floating_point():
+            continue
+        ancestors = [a for path in paths for a in _ancestors(path)]
+        own = [join(path, name) for path in paths]
+        yield Site(m, own[0], key=name, kind="tensor", param=name, names=tuple(own + ancestors), shape=tuple(p.shape), read_only=True)
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+
+
+def _matrices(model: Model, m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, read: list, used: Counter) -> Iterable[Site]:
+    cls = original_class(m)
+    rule = layers.rule_of(m)
+    covered: set[str] = set()
+    read_only = _reads_children(model, m)
+    for pattern in read:
+        if any(matches(pattern, p, m) for p in paths):
+            used["read", show(pattern)] += 1
+            read_only = True
+    if rule is not None:
+        covered |= {"weight", "bias"}
+        bias = rule.bias if rule.bias and m._parameters.get(rule.bias) is not None else None
+        surround = rule.call and layers.surrounds(m, cls) and not read_only
+        raw = m._parameters.get(rule.weight)
+        n_out, n_in = layers.features(m, rule, raw)
+        shape = tuple(raw.shape) if raw is not None and rule is not layers.OPAQUE else (n_out, n_in)
+        names = tuple(paths) + tuple(join(p, "weight") for p in paths)
+        whole = Site(m, paths[0], "", "matrix", "weight", bias, rule, n_out=n_out, n_in=n_in, shape=shape, names=names, read_only=not surround)
+        yield whole
+        for pattern, parts in split.items():
+            if any(matches(pattern, p, m) for p in paths):
+                used["split", show(pattern)] += 1
+                yield from _slices(whole, paths, parts, pattern)
+    if issubclass(cls, nn.MultiheadAttention):
+        covered |= {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+        yield from _attention(m, paths)
+    if issubclass(cls, (nn.RNNBase, nn.RNNCellBase)):
+        covered |= {n for n in m._parameters if n.startswith("weight")}
+        for name in [n for n in m._parameters if n.startswith("weight")]:
+            bias = name.replace("weight", "bias")
+            bias = bias if m._parameters.get(bias) is not None else None
+            names = tuple(join(p, name) for p in paths) + tuple(paths)
+            yield _raw(m, join(paths[0], name), name, bias, names)
+    for name, p in m._parameters.items():
+        if p is None or name in covered or p.ndim < 2 or not p.is_floating_point():
+            continue
+        yield from _raw_parameter(m, paths, name, p, layout, used)
+
+
+def _raw(m: nn.Module, path: str, name: str, bias: str | None, names: tuple[str, ...], **more) -> Site:
+    p = m._parameters[name]
+    n_out, n_in = layers.features(m, layers.MATRIX, p)
+    facts = dict(n_out=n_out, n_in=n_in, shape=tuple(p.shape), read_only=True) | more
+    return Site(m, path, path.rpartition(".")[2] if "." in path else path, "matrix", name, bias, layers.MATRIX, names=names, **facts)
+
+
+def _raw_parameter(m: nn.Module, paths: list[str], name: str, p: Tensor, layout: Mapping, used: Counter) -> Iterable[Site]:
+    """A parameter that belongs to no known layer: a matrix as it is, or one matrix an expert, orientation stated by `layout`."""
+    own = [join(path, name) for path in paths]
+    order = None
+    for pattern, value in layout.items():
+        if any(matches(pattern, q, m) for q in own):
+            used["layout", show(pattern)] += 1
+            order = value
+    if order is None and p.ndim == 3 and isinstance(getattr(m, "is_transposed", None), bool):
+        order = "eio" if m.is_transposed else "eoi"
+    allowed = {2: ("oi", "io"), 3: ("eoi", "eio")}.get(p.ndim, ())
+    if order is not None and order not in allowed:
+        raise ValueError(f"layout {order!r} of {own[0]!r} with {p.ndim} dimensions: one of {', '.join(map(repr, allowed)) or 'none'}")
+    flip = order in ("io", "eio")
+    if order is None or p.ndim == 2:
+        n_out, n_in = (p.shape[1], p.shape[0]) if flip else layers.features(m, layers.MATRIX, p)
+        yield Site(
+            m,
+            own[0],
+            name,
+            "matrix",
+            name,
+            None,
+            layers.MATRIX,
+            transposed=flip,
+            names=tuple(own),
+            explicit=True,
+            n_out=n_out,
+            n_in=n_in,
+            shape=tuple(p.shape),
+            read_only=True,
+        )
+        return
+    n_out, n_in = (p.shape[2], p.shape[1]) if flip else (p.shape[1], p.shape[2])
+    for e in range(p.shape[0]):
+        names = tuple(f"{q}.{e}" for q in own) + tuple(own)
+        yield Site(
+            m,
+            f"{own[0]}.{e}",
+            f"{name}.{e}",
+            "matrix",
+            name,
+            None,
+            layers.MATRIX,
+            expert=e,
+            transposed=flip,
+            names=names,
+            explicit=True,
+            n_out=n_out,
+            n_in=n_in,
+            shape=tuple(p.shape[1:]),
+            read_only=True,
+        )
+
+
+def _attention(m: nn.MultiheadAttention, paths: list[str]) -> Iterable[Site]:
+    """q, k and v of nn.MultiheadAttention one by one, under the same names whether or not they share one parameter."""
+    e = m.embed_dim
+    bias = "in_proj_bias" if m._parameters.get("in_proj_bias") is not None else None
+    for i, part in enumerate("qkv"):
+        key = f"{part}_proj"
+        param, rows = ("in_proj_weight", slice(i * e, (i + 1) * e)) if m._qkv_same_embed_dim else (f"{key}_weight", None)
+        n_in = m._parameters[param].shape[1]
+        names = tuple(join(p, key) for p in paths) + tuple(paths) + (() if m._qkv_same_embed_dim else tuple(join(p, param) for p in paths))
+        part_of_bias = slice(i * e, (i + 1) * e)  # one tensor of 3 e entries either way
+        yield Site(
+            m,
+            join(paths[0], key),
+            key,
+            "matrix",
+            param,
+            bias,
+            layers.MATRIX,
+            rows,
+            part_of_bias,
+            names=names,
+            n_out=e,
+            n_in=n_in,
+            shape=(e, n_in),
+            read_only=True,
+        )
+    if m._qkv_same_embed_dim:
+        names = tuple(join(p, "in_proj_weight") for p in paths)
+        yield Site(
+            m,
+            join(paths[0], "in_proj_weight"),
+            "in_proj_weight",
+            "matrix",
+            "in_proj_weight",
+            bias,
+            layers.MATRIX,
+            names=names,
+            explicit=True,
+            n_out=3 * e,
+            n_in=e,
+            shape=(3 * e, e),
+            read_only=True,
+        )
+
+
+def _reads_children(model: Model, m: nn.Module) -> bool:
+    """Whether a parent reads this module's weight without calling it: attention's out_proj, the encoder layer's fused path."""
+    return any(isinstance(p, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for p in model.parents.get(id(m), ()))
+
+
+def _slices(whole: Site, paths: list[str], parts: Mapping, pattern) -> Iterable[Site]:
+    """The named row blocks of a fused projection; sizes in order, or explicit rows (for interleaved heads)."""
+    start, taken = 0, set()
+    for name, size in parts.items():
+        where = f"split {show(pattern)}: {name!r} = {size!r}"
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"{where}: a part has a non-empty name without dots")
+        if isinstance(size, int) and not isinstance(size, bool):
+            rows, picked = slice(start, start + size), list(range(start, start + size))
+            start += size
+        else:
+            rows = _picked(whole.n_out, size, where)
+            picked = rows.tolist()
+        bad = not picked or len(set(picked)) < len(picked) or max(picked) >= whole.n_out or not taken.isdisjoint(picked)
+        if bad:
+            raise ValueError(f"{where} does not fit beside the others in the {whole.n_out} rows of {whole.path!r}")
+        taken |= set(picked)
+        names = tuple(join(p, name) for p in paths)
+        facts = {"n_out": len(picked), "n_in": whole.n_in, "shape": (len(picked), whole.n_in), "read_only": whole.read_only}
+        yield Site(whole.host, join(paths[0], name), name, "matrix", whole.param, whole.bias, whole.rule, rows, names=names, **facts)
+    if all(isinstance(s, int) for s in parts.values()) and start != whole.n_out:
+        raise ValueError(f"split {show(pattern)}: the sizes sum to {start}, but {whole.path!r} has {whole.n_out} rows")
+
+
+def _picked(n: int, rows: object, where: str) -> Tensor:
+    """Explicit rows (indices, a mask, a slice, a range) as indices into n rows."""
+    try:
+        index = rows if isinstance(rows, (slice, Tensor)) else torch.as_tensor(list(rows))
+        return torch.arange(n)[index].reshape(-1)
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        raise ValueError(f"{where}: give a size, or rows among 0..{n - 1}") from None
+
+
+# ---------------------------------------------------------------- which of it
+
+
+def select(model: Model, cls: type[Method], label: str, targets, exclude, chosen, of, split, layout, read) -> tuple[list[Site], dict[str, int]]:
+    """The sites that the patterns mean, and how many each pattern matched."""
+    split, layout = _mapping("split", split), _mapping("layout", layout)
+    for pattern, parts in split.items():
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"split: {show(pattern)} maps to {parts!r}; give the parts as a dict of sizes or rows")
+    there = list(candidates(model, cls, split, layout, as_list(read) if read is not None else []))
+    if of is not None and not (isinstance(of, (str, re.Pattern))):
+        raise TypeError(f"of={of!r}: the path of a list of layers")
+    counts: dict[str, int] = {}
+    if targets is None:
+        found = [s for s in default_targets(model, there, cls) if cls.fits(s)]
+        if not found:
+            raise PatternError(f"{label} finds nothing to sit at by default in this {type(model.root).__name__}; say targets=...")
+        counts["(default)"] = len(found)
+    else:
+        found = _matched(model, cls, label, there, as_list(targets), counts)
+    if exclude is not None:
+        found = _without(model, found, there, as_list(exclude))
+    if chosen is not None:
+        found = _in_layers(model, found, chosen, of)
+    elif of is not None:
+        raise ValueError("of= says whose layers are meant: give layers= too")
+    if not found:
+        raise PatternError(f"nothing is left for {label}: exclude= or layers= took away every site of {counts}")
+    return found, counts
+
+
+def _mapping(what: str, given: object) -> dict:
+    """A mapping from patterns, or an empty one."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}={given!r}: a dict from patterns")
+    as_list(list(given))
+    return dict(given)
+
+
+def _matched(model: Model, cls, label: str, there: list[Site], patterns: list, counts: dict[str, int]) -> list[Site]:
+    found: dict[int, Site] = {}
+    if not patterns:
+        raise PatternError(f"targets is empty: {label} would sit nowhere")
+    problems = []
+    for pattern in patterns:
+        if isinstance(pattern, str) and pattern.startswith(":"):
+            hits = _structural(model, pattern, there)
+        else:
+            hits = [s for s in there if any(matches(pattern, n, s.host) for n in s.names) and (not s.explicit or spells_last(pattern))]
+        fit = [s for s in hits if cls.fits(s)]
+        counts[pattern if isinstance(pattern, str) else show(pattern)] = len(fit)
+        if fit:
+            found.update((id(s), s) for s in fit)
+            continue
+        problems.append((pattern, hits))
+    if problems:
+        raise PatternError(_explain(model, cls, label, there, problems, counts))
+    order = {id(s): i for i, s in enumerate(there)}
+    return sorted(found.values(), key=lambda s: order[id(s)])
+
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def is_norm(m: nn.Module) -> bool:
+    """A normalisation layer: torch's, or a module of that name whose parameters are all vectors (RMSNorm of one's own)."""
+    vectors = [p.ndim == 1 for p in m._parameters.values() if p is not None]
+    return isinstance(m, NORMS) or (bool(vectors) and all(vectors) and original_class(m).__name__.lower().endswith("norm"))
+
+
+def _structural(model: Model, pattern: str, there: list[Site]) -> list[Site]:
+    """Sites named by their part in the model instead of by a path: `:head` (the output head), `:norms`, `:embeddings`."""
+    if pattern == ":head":
+        heads = head(model)
+        return [s for s in there if s.host in heads]
+    if pattern == ":norms":
+        return [s for s in there if is_norm(s.host)]
+    if pattern == ":embeddings":
+        return [s for s in there if isinstance(s.host, nn.Embedding)]
+    raise PatternError(f"{pattern!r}: the structural names are ':head', ':norms' and ':embeddings'")
+
+
+def _explain(model: Model, cls, label: str, there: list[Site], problems: list, counts: dict[str, int]) -> str:
+    lines = []
+    fitting = [n for s in there if cls.fits(s) for n in s.names[:1]]
+    for pattern, hits in problems:
+        if hits:
+            kinds = sorted({type(s.host).__name__ for s in hits})
+            lines.append(f"{show(pattern)} only meets {', '.join(kinds)} ({hits[0].path!r} and so on), which {label} does not fit.")
+            continue
+        inside = [p for ps in model.paths.values() for p in ps if p and matches(pattern, p, model.modules[id(model.root)])]
+        if inside:
+            below = [n for n in fitting if n.startswith(inside[0] + ".")]
+            hint = f" Below it there are {len(below)} that {label} fits, such as {below[0]!r}: use a glob." if below else did_you_mean(str(pattern), fitting)
+            lines.append(f"{show(pattern)} is a {type(_at(model, inside[0])).__name__}, which {label} does not fit.{hint}")
+        else:
+            lines.append(f"{show(pattern)} matches nothing.{did_you_mean(str(pattern), fitting)}")
+    rest = {k: v for k, v in counts.items() if v}
+    return " ".join(lines) + (f" The other patterns matched: {rest}." if rest else "")
+
+
+def _at(model: Model, path: str) -> nn.Module:
+    return next(model.modules[k] for k, ps in model.paths.items() if path in ps)
+
+
+def _under(pattern, site: Site) -> bool:
+    """Whether a pattern means this site or anything it lies in."""
+    return any(matches(pattern, a, site.host) for n in site.names for a in _ancestors(n) if a)
+
+
+def _without(model: Model, found: list[Site], there: list[Site], patterns: list) -> list[Site]:
+    for pattern in patterns:
+        if not any(_under(pattern, s) for s in there):
+            raise PatternError(f"exclude: {show(pattern)} matches nothing.{did_you_mean(str(pattern), [s.path for s in there])}")
+        found = [s for s in found if not _under(pattern, s)]
+    return found
+
+
+def blocks(model: Model) -> dict[str, nn.Module]:
+    """The repeated stacks of a model: lists of at least two children of one class, outermost first."""
+    found = {}
+    for key, m in model.modules.items():
+        children = [c for c in m._modules.values() if c is not None and not isinstance(c, Stack)]
+        if (
+            isinstance(m, (nn.ModuleList, nn.Sequential))
+            and len(children) > 1
+            and len({original_class(c) for c in children}) == 1
+            and any(c._modules for c in children)
+        ):
+            path = model.paths[key][0]
+            if not any(path.startswith(p + ".") or p == "" for p in found):
+                found[path] = m
+    return found
+
+
+def _in_layers(model: Model, found: list[Site], chosen, of: str | None) -> list[Site]:
+    lists = blocks(model)
+    if of is not None:
+        hits = {p: m for p, m in ((model.path(m), m) for m in model.modules.values()) if isinstance(m, (nn.ModuleList, nn.Sequential)) and matches(of, p, m)}
+        if len(hits) != 1:
+            there = list(lists) or [model.path(m) for m in model.modules.values() if isinstance(m, nn.ModuleList)]
+            raise PatternError(f"of={of!r} matches {len(hits)} lists of layers.{did_you_mean(of, there)}")
+        lists = hits
+    if len(lists) != 1:
+        raise PatternError(f"layers={chosen!r}: this model has {len(lists)} lists of layers ({', '.join(map(repr, lists)) or 'none'}); say which with of=")
+    (root, holder), n = next(iter(lists.items())), 0
+    n = len(holder._modules)
+    if isinstance(chosen, (str, bytes)) or not isinstance(chosen, (int, Iterable)):
+        raise TypeError(f"layers={chosen!r}: whole numbers")
+    wanted = [chosen] if isinstance(chosen, int) else list(chosen)
+    for i in wanted:
+        if isinstance(i, bool) or not isinstance(i, int) or not -n <= i < n:
+            raise ValueError(f"layers: {i!r} is not a layer of {root!r}, which has {n}")
+    keys = list(holder._modules)
+    prefixes = tuple(join(root, keys[i]) for i in wanted)
+    return [s for s in found if any(s.path == p or s.path.startswith(p + ".") for p in prefixes)]
+
+
+def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[Site]:
+    """For weight methods, every linear-like layer but the output head; where a model has none, its convolutions and recurrent weights.
+
+    A method that fits only embeddings takes these, and a method on any tensor or call takes all it fits.
+    """
+    if cls.on != "matrix":
+        return there
+    usable = [s for s in there if cls.fits(s) and not s.explicit and (s.rows is None or _of_attention(s))]
+    linear = [s for s in usable if isinstance(s.rule, layers.Linear) or _of_attention(s)]
+    rest = [s for s in usable if isinstance(s.rule, layers.Conv) or isinstance(s.host, (nn.RNNBase, nn.RNNCellBase))]
+    heads = head(model)
+    for pool in (linear, rest):
+        kept = [s for s in pool if s.host not in heads]
+        if kept:
+            return kept
+    return linear + rest or [s for s in usable if isinstance(s.rule, layers.Embedding)]
+
+
+def _of_attention(s: Site) -> bool:
+    return isinstance(s.host, nn.MultiheadAttention) and not s.explicit
+
+
+def head(model: Model) -> list[nn.Module]:
+    """The output head: the last linear-like layer outside the repeated blocks, if it comes after them (in a model without blocks,
+    the last of several). Empty where there is none."""
+    order = {k: i for i, k in enumerate(model.modules)}
+    every = [m for m in model.modules.values() if _is_layer(m)]
+    lists = list(blocks(model))
+
+    def within(m: nn.Module) -> bool:
+        return any(p == "" or path.startswith(p + ".") for path in model.paths[id(m)] for p in lists)
+
+    last = max((order[id(m)] for m in every if within(m)), default=-1)
+    after = [m for m in every if not within(m) and order[id(m)] > last]
+    return after[-1:] if len(every) > 1 else []
+
+
+def _is_layer(m: nn.Module) -> bool:
+    rule = layers.rule_of(m)
+    return isinstance(rule, (layers.Linear, layers.Conv)) or isinstance(m, (nn.RNNBase, nn.RNNCellBase))
+
+
+# ---------------------------------------------------------------- per-site settings, ties
+
+
+def settings(sites: list[Site], hyper: dict, overrides: Mapping | None, check) -> list[dict]:
+    """The hyper-parameters of each site: the common ones, changed by the most specific override that matches."""
+    given = list(_mapping("overrides", overrides).items())
+    used = Counter()
+    for pattern, changes in given:
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"overrides: {show(pattern)} maps to {changes!r}; give a dict of options")
+        check(dict(changes), f" (in overrides, {show(pattern)})")
+    out = []
+    for s in sites:
+        mine = dict(hyper)
+        owner: dict[str, tuple[int, object]] = {}
+        for pattern, changes in given:
+            if not _under(pattern, s):
+                continue
+            used[show(pattern)] += 1
+            level = specificity(pattern)
+            for k, v in changes.items():
+                if k in owner and owner[k][0] == level and mine[k] != v:
+                    raise PatternError(f"overrides: {show(owner[k][1])} and {show(pattern)} both set {k} at {s.path!r} and neither is more specific")
+                if k not in owner or level > owner[k][0]:
+                    owner[k], mine[k] = (level, pattern), v
+        out.append(mine)
+    for pattern, _ in given:
+        if not used[show(pattern)]:
+            raise PatternError(f"overrides: {show(pattern)} matches none of the {len(sites)} sites.{did_you_mean(str(pattern), [s.path for s in sites])}")
+    return out
+
+
+def resolve_ties(model: Model, sites: list[Site], tie: str | None, label: str) -> list[Site]:
+    """Tied tensors, found by storage, need an explicit choice; `share` adapts every owner alike, `untie` only the one targeted."""
+    if tie not in (None, "share", "untie"):
+        raise ValueError(f"tie={tie!r}: one of 'share', 'untie'")
+    out, shared = [], set()
+    for s in sites:
+        p = s.raw_tensor
+        others = [o for o in model.owners.get(storage(p), ()) if o[0] is not s.host] if p is not None else []
+        if not others:
+            out.append(s)
+            continue
+        if tie is None:
+            where = join(model.path(others[0][0]), others[0][1])
+            raise ValueError(
+                f"{join(model.path(s.host), s.param)!r} and {where!r} are one tensor (tied): {label} at {s.path!r} would act on one end only. "
+                "Say tie='share' (both ends see the change) or tie='untie' (only this end), or exclude it."
+            )
+        s.tied = tuple(others)
+        s.read_only = s.read_only or tie == "share"
+        key = (storage(p), s.key if s.rows is not None or s.expert is not None else None)
+        if tie == "share" and key in shared:
+            continue
+        shared.add(key)
+        out.append(s)
+    return out
+
+
+def ensure_module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+__all__ = ["SHARED", "Adapted", "Model", "candidates", "default_targets", "ensure_module", "join", "resolve_ties", "select", "settings", "storage"]

@@ -1,0 +1,413 @@
+"""What happens to adapters after wrapping: switch, disable, merge, unmerge, take off, copy."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .host import SHARED, STASH, Stack, bare, effective, pristine, refresh_alias_free, stacks, swap_out, walk
+from .sites import ensure_module, join
+from .table import table
+from .wrap import LEDGER, Ledger, adapter_modules, ledgers, outside_disabled, which
+
+# ---------------------------------------------------------------- switching
+
+
+def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
+    """Let exactly these adapters act (None or an empty list: none). Changes no `requires_grad` and no training mode.
+
+    An adapter that is merged and not named is unmerged first, exactly.
+    """
+    chosen = [] if names is None else which(ensure_module(model), names)
+    outside_disabled(model)
+    found = stacks(model)
+    for path, _, s in found:
+        gone = [n for n in s.lossy if n not in chosen]
+        if gone:
+            raise ValueError(f"{gone[0]!r} was merged into {path!r} with keep=False and acts for good")
+        _check_order(path, s, [n for n in s.merged if n in chosen], [n for n in s.order if n in chosen])
+    for _, host, s in found:
+        _unmerge(host, s, [n for n in s.merged if n not in chosen])
+        s.set_active(tuple(n for n in s.order if n in chosen))
+
+
+def active(model: nn.Module) -> list[str]:
+    """The adapters that act now, in stacking order."""
+    on = {n for _, _, s in stacks(model) for n in s.active}
+    return [n for n in which(model, None) if n in on]
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Module]:
+    """Let exactly these adapters act inside the block, whatever acts outside it."""
+    before = [(s, s.active, s.merged) for _, _, s in stacks(ensure_module(model))]
+    activate(model, names)
+    try:
+        yield model
+    finally:
+        for s, acting, _ in before:
+            s.set_active(acting)
+        again = {n for s, _, merged in before for n in merged if n not in s.merged}
+        if again:
+            merge(model, again)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it was before `wrap`, bit for bit, inside the block; merged tensors and trained buffers included."""
+    found = stacks(ensure_module(model))
+    if any(s.silent for _, _, s in found):  # inside another such block
+        yield model
+        return
+    in_place = [s.path for _, _, st in found for ps in st.sites.values() for s, m in ps if m.in_place]
+    if in_place:
+        raise ValueError(f"{in_place[0]!r} is trained in place: there is no frozen copy to go back to")
+    lossy = [path for path, _, s in found if s.lossy]
+    if lossy:
+        raise ValueError(f"{lossy[0]!r} was merged with keep=False: the base bits are gone")
+    swapped = [(host._parameters[p], s._buffers[STASH + p]) for _, host, s in found for p in _stashed(s)]
+    swapped += list(_changed_buffers(model))
+
+    def turn(silent: bool) -> None:
+        for _, _, s in found:
+            s.__dict__["silent"] = silent
+            s.refresh()
+        for there, kept in swapped:
+            there.data, kept.data = kept.data, there.data
+
+    turn(True)
+    try:
+        yield model
+    finally:
+        turn(False)
+
+
+def _changed_buffers(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(buffer, its value before wrap) of persistent base buffers that have changed since, such as BatchNorm statistics."""
+    for _, m, ledger in ledgers(model):
+        there = {join(path, n): b for path, sub in walk(m) for n, b in sub._buffers.items() if b is not None}
+        for path, old in ledger.buffers.items():
+            b = there.get(path)
+            if b is not None and b.shape == old.shape:
+                old = ledger.buffers[path] = old.to(b.device, b.dtype)
+                if not torch.equal(b, old):
+                    yield b, old
+
+
+# ---------------------------------------------------------------- merging
+
+
+@dataclass
+class MergeReport:
+    """Which layers were changed by a merge, by how much at most, and the memory that keeps their frozen bits."""
+
+    rows: list[tuple[str, str, float]]  # (path, parameter, max |change|)
+    kept_bytes: int
+
+    @property
+    def layers(self) -> int:
+        return len({path for path, _, delta in self.rows if delta > 0})
+
+    @property
+    def max_delta(self) -> float:
+        return max((d for _, _, d in self.rows), default=0.0)
+
+    def __repr__(self) -> str:
+        body = [(p, n, f"{d:.3e}") for p, n, d in self.rows]
+        return f"{table(('layer', 'tensor', 'max change'), body, right=(2,))}\n{self.layers} layers changed, {self.kept_bytes:,} bytes kept for unmerge"
+
+
+def _stashed(stack: Stack) -> list[str]:
+    return [n.removeprefix(STASH) for n in stack._buffers if n.startswith(STASH)]
+
+
+def _check_order(path: str, stack: Stack, merged: Iterable[str], acting: Iterable[str]) -> None:
+    """A merged adapter lies below every unmerged one; that is the declared stack only if the two commute."""
+    merged = set(merged)
+    open_below: list[str] = []
+    for n in stack.order:
+        if n not in acting:
+            continue
+        methods = [m for _, m in stack.sites[n] if m.on != "module"]
+        if n not in merged:
+            open_below += [n] if methods else []
+            continue
+        pairs = [stack.sites[b] for b in open_below]
+        if pairs and not all(m.additive for ps in [*pairs, stack.sites[n]] for _, m in ps if m.on != "module"):
+            raise ValueError(f"at {path!r}, {n!r} lies above {open_below[-1]!r} and the two do not commute: merge {[*open_below, n]} together")
+
+
+def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: bool = True, unload: bool = False) -> MergeReport:
+    """Fold active adapters into the frozen tensors (all active weight methods by default).
+
+    Args:
+        keep: hold the frozen bits so that `unmerge` and `disabled` are exact; their memory is in the report. `keep=False` is lossy.
+        unload: take the merged adapters off afterwards, so that classes and forwards are the original ones.
+
+    Raises:
+        ValueError: for methods without a weight, inactive adapters, non-finite results, an order that cannot be kept, or an
+            adapter whose change rounds to nothing everywhere. The model is then unchanged.
+    """
+    found = stacks(ensure_module(model))
+    outside_disabled(model)
+    chosen = which(model, names)
+    callers = {n for _, _, s in found for n in s.order for _, m in s.sites[n] if m.on == "module" or not m.defined()}
+    if names is None:
+        on = {n for _, _, s in found for n in s.active}
+        chosen = [n for n in chosen if n in on and n not in callers]
+    bad = [n for n in chosen if n in callers]
+    if bad:
+        raise ValueError(f"{bad[0]!r} changes the call, not the weight, and cannot be merged")
+    idle = [n for n in chosen if not any(n in s.active for _, _, s in found)]
+    if idle:
+        raise ValueError(f"{idle[0]!r} is not active; activate it before merging")
+    todo = []
+    for path, host, s in found:
+        new = [n for n in s.order if n in chosen and n in s.active and n not in s.merged]
+        if new:
+            _check_order(path, s, {*s.merged, *new}, s.active)
+            if any(p[0].rule is layers.OPAQUE for n in new for p in s.sites[n]):
+                raise ValueError(f"{path!r} is a {type(host).__name__} that only offers a call: nothing can be merged into it")
+            todo.append((path, host, s, new))
+    if not todo and chosen:
+        raise ValueError(f"{chosen} are merged already")
+    for path, _, s, _ in todo if unload else ():
+        others = [n for n in s.merged if n not in chosen and n not in s.lossy]
+        if others:
+            raise ValueError(f"{others[0]!r} is merged into {path!r} as well: unload them together, or unmerge it first")
+    if not keep:  # without the frozen bits there is no way back, so look before leaping
+        for path, host, s, new in todo:
+            for _, value in _merged_tensors(path, host, s, _kept(s, new)):
+                del value
+    done: list[tuple] = []
+    rows, kept_bytes = [], 0
+    try:
+        for path, host, s, new in todo:
+            before = (s.merged, {p: s._buffers[STASH + p] for p in _stashed(s)})
+            done.append((host, s, before, unload_ties(host, s) if s.untied else {}))
+            after = _kept(s, new)
+            for param, value in _merged_tensors(path, host, s, after):
+                rows.append((path, param, _store(host, s, param, value)))
+            s.__dict__["merged"] = tuple(n for n in s.order if n in {*s.merged, *new})
+            s.refresh()
+        _refuse_nothing(rows, todo)
+    except BaseException:
+        for host, s, (merged, kept), rebound in reversed(done):
+            _restore(host, s, merged, kept, rebound)
+        raise
+    if not keep:
+        for _, _, s, _ in todo:
+            for p in _stashed(s):
+                del s._buffers[STASH + p]
+            s.__dict__["lossy"] = s.merged
+    kept_bytes = sum(s._buffers[STASH + p].numel() * s._buffers[STASH + p].element_size() for _, _, s, _ in todo for p in _stashed(s))
+    if unload:
+        for _, _, s, _ in todo:
+            for p in _stashed(s):
+                del s._buffers[STASH + p]
+        _take_off(model, chosen, restore=False)
+        kept_bytes = 0
+    return MergeReport(rows, kept_bytes)
+
+
+def _kept(stack: Stack, new: list[str]) -> list[str]:
+    """What will be merged onto the frozen bits that are still known: all but what was merged for good."""
+    return [n for n in stack.order if n in {*stack.merged, *new} and n not in stack.lossy]
+
+
+def _refuse_nothing(rows: list, todo: list) -> None:
+    moved = any(d > 0 for _, _, d in rows)
+    if moved or not rows:
+        return
+    for path, host, s, new in todo:
+        links = tuple(p for n in new for p in s.sites[n])
+        for param in {site.param for site, _ in links}:
+            raw = pristine(host, param)
+            with torch.no_grad():
+                if not torch.equal(effective(host, param, links, raw).float(), raw.float()):
+                    raise ValueError(f"merging {new} changes no layer: the change at {path!r} is lost in the rounding of {raw.dtype}")
+
+
+def unload_ties(host: nn.Module, stack: Stack) -> dict[str, nn.Parameter]:
+    """Give an untied end a tensor of its own; returns what it shared."""
+    shared = {}
+    for param in stack.untied:
+        shared[param] = host._parameters[param]
+        host._parameters[param] = nn.Parameter(shared[param].detach().clone(), requires_grad=shared[param].requires_grad)
+    return shared
+
+
+def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, value in its own dtype) with these adapters folded in; one tensor at a time."""
+    links = tuple(p for n in names for p in stack.sites[n] if p[1].defined() and not p[1].in_place)
+    params = dict.fromkeys(s.param for s, m in links if m.has_weight())
+    params |= dict.fromkeys(s.bias for s, m in links if m.has_bias() and s.has_bias)
+    for param in params:
+        raw = pristine(host, param)
+        with torch.no_grad():
+            value = effective(host, param, links, raw).to(raw.dtype)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"merging {names} would put non-finite values into {join(path, param)!r}")
+        yield param, value
+
+
+def _store(host: nn.Module, stack: Stack, param: str, value: Tensor) -> float:
+    raw = host._parameters[param]
+    delta = (value.float() - raw.detach().float()).abs().max().item() if value.numel() else 0.0
+    if STASH + param not in stack._buffers:
+        stack.register_buffer(STASH + param, raw.detach(), persistent=False)
+    fresh = value.contiguous() if value.data_ptr() != raw.data_ptr() else value.clone()
+    raw.data = fresh
+    return delta
+
+
+def _restore(host: nn.Module, stack: Stack, merged: tuple, kept: dict[str, Tensor], rebound: dict) -> None:
+    for param in _stashed(stack):
+        if param not in kept:
+            host._parameters[param].data = stack._buffers.pop(STASH + param)
+    for param, p in rebound.items():
+        host._parameters[param] = p
+    stack.__dict__["merged"] = merged
+    for path, value in _merged_tensors("", host, stack, _kept(stack, [])):
+        host._parameters[path].data = value
+    stack.refresh()
+
+
+def unmerge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
+    """Take merged adapters out of the tensors again; the frozen bits come back exactly."""
+    chosen = which(ensure_module(model), names)
+    outside_disabled(model)
+    found = [(path, host, s) for path, host, s in stacks(model) if any(n in s.merged for n in chosen)]
+    if not found:
+        raise ValueError(f"none of {chosen} is merged")
+    for path, _, s in found:
+        gone = [n for n in s.lossy if n in chosen]
+        if gone:
+            raise ValueError(f"{gone[0]!r} was merged into {path!r} with keep=False: the base bits are gone")
+        _check_order(path, s, [n for n in s.merged if n not in chosen], s.active)
+    for _, host, s in found:
+        _unmerge(host, s, chosen)
+
+
+def _unmerge(host: nn.Module, stack: Stack, names: Iterable[str]) -> None:
+    """The checked part of `unmerge` on one host."""
+    if not any(n in stack.merged for n in names):
+        return
+    stack.__dict__["merged"] = tuple(n for n in stack.merged if n not in names)
+    left = dict(_merged_tensors("", host, stack, _kept(stack, [])))
+    for param in _stashed(stack):
+        kept = stack._buffers[STASH + param]
+        if param in left:
+            host._parameters[param].data = left[param] if left[param].data_ptr() != kept.data_ptr() else left[param].clone()
+        else:
+            host._parameters[param].data = stack._buffers.pop(STASH + param)
+            _retie(host, stack, param)
+    stack.refresh()
+
+
+def _retie(host: nn.Module, stack: Stack, param: str) -> None:
+    """An untied end shares its tensor again once nothing is merged into it."""
+    if param in stack.untied:
+        owner, name = next(o for n in stack.order for s, _ in stack.sites[n] if s.param == param for o in s.tied)
+        host._parameters[param] = owner._parameters[name]
+
+
+# ---------------------------------------------------------------- taking off
+
+
+def unwrap(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
+    """Take adapters off (all by default). Without any left, objects, classes, flags, buffers and bits are those before `wrap`."""
+    outside_disabled(ensure_module(model))
+    _take_off(model, which(model, names), restore=True)
+    return model
+
+
+def _take_off(model: nn.Module, chosen: list[str], restore: bool) -> None:
+    root = bare(model)
+    if restore:
+        merged = sorted({n for _, _, s in stacks(root) for n in s.merged if n in chosen and n not in s.lossy})
+        if merged:
+            unmerge(root, merged)
+    for _, _, s in stacks(root):
+        for n in [n for n in s.order if n in chosen]:
+            for site, m in s.sites[n]:
+                if m.in_place:
+                    site.raw_tensor.requires_grad_(False)
+            s.drop(n)
+    refresh_alias_free(root)
+    for _, host, s in stacks(root):
+        if not s.sites and not s.alias:
+            swap_out(host)
+    for _, m in list(walk(root)):
+        holder = m._modules.get(SHARED)
+        if holder is not None:
+            for n in chosen:
+                holder._modules.pop(n, None)
+            if not holder._modules:
+                del m._modules[SHARED]
+    for _, m, ledger in ledgers(root):
+        for n in chosen:
+            ledger.targets.pop(n, None)
+        if not ledger.targets:
+            _put_back(m, ledger, restore)
+            del m.__dict__[LEDGER]
+
+
+def _put_back(root: nn.Module, ledger: Ledger, restore: bool) -> None:
+    if restore:
+        for b, old in list(_changed_buffers(root)):
+            b.data = old.data.clone()
+    for path, m in walk(root):
+        for n, p in m._parameters.items():
+            if p is not None and join(path, n) in ledger.flags:
+                p.requires_grad_(ledger.flags[join(path, n)])
+
+
+# ---------------------------------------------------------------- copies of the adapter alone
+
+
+def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Copies of the adapters' own tensors, by path; the base is not copied."""
+    mods = adapter_modules(bare(ensure_module(model)), which(model, names))
+    return {f"{path}.{k}": p.detach().clone() for _, path, _, m in mods for k, p in m.named_parameters()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write a snapshot (or an average of snapshots) back, in place."""
+    there = {f"{path}.{k}": p for _, path, _, m in adapter_modules(bare(model)) for k, p in m.named_parameters()}
+    merged = sorted({n for _, _, s in stacks(model) for n in s.merged})
+    if merged:
+        raise ValueError(f"{merged[0]!r} is merged: unmerge it before its tensors are overwritten")
+    unknown = sorted(values.keys() - there.keys())
+    wrong = [k for k in values if k in there and values[k].shape != there[k].shape]
+    if unknown or wrong:
+        raise ValueError(f"snapshot does not fit this model: {(unknown + wrong)[0]!r} and {len(unknown) + len(wrong) - 1} more")
+    for k, v in values.items():
+        there[k].copy_(v)
+
+
+@torch.no_grad()
+def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * adapter, in place; touches adapter tensors only."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay!r}: must lie in [0, 1]")
+    there = {f"{path}.{k}": p for _, path, _, m in adapter_modules(bare(model)) for k, p in m.named_parameters()}
+    for k, a in average.items():
+        a.lerp_(there[k].detach().to(a.dtype), 1 - decay)
+
+
+def view(model: nn.Module) -> nn.Module:
+    """A copy of the model with adapters of its own on the same base storage."""
+    root = bare(ensure_module(model))
+    memo: dict[int, object] = {}
+    for _, m in walk(root):
+        # Tensor objects of its own on the same storage, so that merging and freezing the one leaves the other alone.
+        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in m._parameters.values() if p is not None}
+    return copy.deepcopy(root, memo)

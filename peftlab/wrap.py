@@ -1,0 +1,495 @@
+"""From a method and patterns to an adapted model: plan, build, calibrate, attach. A call that raises changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import host as hosts
+from .calibrate import calibrate
+from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, saved_tensors, stacks, walk
+from .layers import NeedsWeight
+from .method import Method
+from .patterns import did_you_mean
+from .registry import check_keywords, keywords, resolve
+from .sites import Model, ensure_module, join, resolve_ties, select, settings
+from .table import table
+
+LEDGER = "_peftlab_ledger"
+KEEP_BUFFERS = 1 << 20  # entries; larger persistent buffers are compared by samples instead of being kept
+SAMPLES = 16  # entries of a base tensor that a ledger and a fingerprint remember
+
+
+@dataclass
+class Ledger:
+    """What the root of a model remembers of its state before the first wrap, so that unwrap and save can tell what changed."""
+
+    flags: dict[str, bool] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # small persistent buffers, whole
+    marks: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # of parameters and large buffers: (version, samples)
+    targets: dict[str, dict] = field(default_factory=dict)  # adapter -> what the caller asked for
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Ledger:
+        """A new ledger of an untouched model."""
+        self = cls()
+        for path, m in walk(model):
+            for n, p in m._parameters.items():
+                if p is not None:
+                    key = join(path, n)
+                    self.flags[key] = p.requires_grad
+                    self.mark(key, p)
+            for n, b in m._buffers.items():
+                if b is not None and n not in m._non_persistent_buffers_set and not b.is_meta:
+                    if b.numel() <= KEEP_BUFFERS:
+                        self.buffers[join(path, n)] = b.detach().clone()
+                    else:
+                        self.mark(join(path, n), b)
+        return self
+
+    def mark(self, key: str, t: Tensor) -> None:
+        if not t.is_meta and type(t).__name__ != "DTensor":
+            self.marks[key] = (t._version, samples(t))
+
+    def moved(self, key: str, t: Tensor) -> bool:
+        """Whether a marked tensor was written to and holds other values than before wrap."""
+        if key not in self.marks or t.is_meta or type(t).__name__ == "DTensor":
+            return False
+        version, before = self.marks[key]
+        if t._version == version:
+            return False
+        now = samples(t)
+        return now.shape != before.shape or (now.dtype == before.dtype and not torch.equal(now, before.to(now.device)))
+
+
+@functools.lru_cache(512)
+def _positions(numel: int) -> Tensor:
+    return torch.linspace(0, max(numel - 1, 0), min(SAMPLES, numel), dtype=torch.float64).round().long()
+
+
+def samples(t: Tensor) -> Tensor:
+    """Evenly spread entries of a tensor, (<= SAMPLES,)."""
+    t = t.detach()
+    flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
+    return flat[_positions(flat.shape[0]).to(t.device)]
+
+
+def ledgers(model: nn.Module) -> list[tuple[str, nn.Module, Ledger]]:
+    return [(path, m, m.__dict__[LEDGER]) for path, m in walk(model) if LEDGER in m.__dict__]
+
+
+@dataclass
+class Row:
+    """One site of a plan."""
+
+    path: str
+    layer: str
+    shape: tuple[int, ...]
+    trainable: int
+    bytes: int
+    options: dict
+    mode: str  # call | read
+
+
+@dataclass
+class Plan:
+    """What `wrap` would do: rows, matches per pattern, exact counts. Printing it shows a table."""
+
+    method: str
+    name: str
+    rows: list[Row]
+    counts: dict[str, int]
+    trainable: int
+    total: int
+    file_bytes: int
+    given: tuple[str, ...] = ()  # the options that the caller set: what the table shows
+
+    def __repr__(self) -> str:
+        keys = sorted({k for r in self.rows for k in r.options})
+        body = [(re.sub(r"\d+", "#", r.path), r.layer, r.shape, tuple(sorted(r.options.items(), key=str)), r.trainable, r.mode) for r in self.rows]
+        groups: dict[tuple, list[Row]] = {}
+        for key, row in zip(body, self.rows, strict=True):
+            groups.setdefault(key, []).append(row)
+        lines = []
+        for rows in groups.values():
+            r = rows[0]
+            path = r.path if len(rows) == 1 else re.sub(r"\d+", "#", r.path)
+            opts = " ".join(f"{k}={r.options[k]}" for k in keys if k in r.options and (k in self.given or k in ("r", "alpha")))
+            lines.append((path or "(root)", r.layer, "x".join(map(str, r.shape)), len(rows), opts, r.mode, f"{sum(x.trainable for x in rows):,}"))
+        head = ("site", "layer", "shape", "sites", "options", "mode", "trainable")
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        found = ", ".join(f"{k!r}: {v}" for k, v in self.counts.items())
+        return (
+            f"{self.method} as {self.name!r} on {len(self.rows)} sites ({found})\n{table(head, lines, right=(3, 6))}\n"
+            f"trainable {self.trainable:,} of {self.total:,} ({share:.3f} %), file {self.file_bytes:,} bytes + header"
+        )
+
+
+@dataclass
+class _Request:
+    """A checked call of wrap or plan, before anything is built."""
+
+    model: Model
+    cls: type[Method]
+    label: str
+    name: str
+    sites: list[Site]
+    counts: dict[str, int]
+    hypers: list[dict]
+    seed: int
+    dtype: torch.dtype | None
+    tie: str | None
+    asked: dict
+
+    def recipes(self, device: str) -> list[Recipe]:
+        """One recipe a distinct setting, shared by its sites; the shared module is built once."""
+        common = self.common(device)
+        made: dict[str, Recipe] = {}
+        return [made.setdefault(repr(sorted(h.items(), key=str)), Recipe(self.cls, self.label, h, self.name, self.seed, common)) for h in self.hypers]
+
+    def common(self, device: str) -> nn.Module | None:
+        """What the sites share, or None for most methods."""
+        build = getattr(self.cls, "shared", None)
+        if build is None:
+            return None
+        wanted = {k for k, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        sites = self.sites if device != "meta" else [as_kind(s, Shape) for s in self.sites]
+        with torch.no_grad(), hosts.on_device(device):
+            return build(sites, **{k: v for k, v in self.hypers[0].items() if k in wanted})
+
+    def default_dtype(self, site: Site) -> torch.dtype:
+        return self.dtype or torch.promote_types(torch.float32, site.dtype)
+
+
+def _request(model, method, *, targets, exclude, layers, of, name, overrides, seed, dtype, tie, split, layout, read, hyper) -> _Request:
+    ensure_module(model)
+    model = bare(model)
+    cls, set_by_alias, label = resolve(method)
+    clash = set_by_alias.keys() & hyper.keys()
+    if any(set_by_alias[k] != hyper[k] for k in clash):
+        raise TypeError(f"{method!r} is {label} with {set_by_alias}; {', '.join(sorted(clash))} cannot be given another value")
+    hyper = set_by_alias | hyper
+    if "seed" in keywords(cls):
+        hyper["seed"] = seed
+    check_keywords(cls, hyper)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: a whole number")
+    check_dtype(dtype)
+    outside_disabled(model)
+    check_name(name)
+    if name in names(model):
+        raise ValueError(f"this model already has an adapter {name!r}; give another name= or unwrap(model, {name!r}) first")
+    view = Model.of(model)
+    if not any(m._parameters or m._buffers for m in view.modules.values()):
+        raise ValueError(f"this {type(model).__name__} has no parameters: there is nothing to adapt")
+    sites, counts = select(view, cls, label, targets, exclude, layers, of, split, layout, read)
+    if cls.on != "module":
+        sites = resolve_ties(view, sites, tie, label)
+    hypers = settings(sites, hyper, overrides, lambda h, where: check_keywords(cls, h, where))
+    asked = {"targets": _plain(targets), "exclude": _plain(exclude), "layers": _plain(layers), "of": of}
+    return _Request(view, cls, label, name, sites, counts, hypers, seed, dtype, tie, asked)
+
+
+def _plain(value):
+    """Patterns as they can be written into a file's header."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Iterable):
+        return [_plain(v) for v in value]
+    return str(value)
+
+
+_PROBE = Stack(read=False)
+
+
+def check_name(name: object) -> None:
+    """An adapter's name is one path component that no module uses for itself."""
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise ValueError(f"name={name!r}: a non-empty name without dots and slashes")
+    if hasattr(_PROBE, name):
+        raise ValueError(f"name={name!r} is reserved: modules have an attribute of that name")
+
+
+def check_dtype(dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r}: a floating torch dtype such as torch.bfloat16")
+
+
+def outside_disabled(model: nn.Module) -> None:
+    """Inside `disabled` the frozen tensors are in the adapted ones' place: nothing may be changed or saved there."""
+    if any(s.silent for _, _, s in stacks(model)):
+        raise ValueError("inside `with disabled(model)` adapters cannot be changed or saved: leave the block first")
+
+
+def names(model: nn.Module) -> list[str]:
+    """The adapters of a model, in stacking order."""
+    found: dict[str, None] = {}
+    for _, _, ledger in ledgers(model):
+        found |= dict.fromkeys(ledger.targets)
+    for _, _, stack in stacks(model):
+        found |= dict.fromkeys(stack.order)
+    return list(found)
+
+
+def plan(
+    model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
+    overrides: Mapping | None = None, data=None, loss=None, seed: int = 0, dtype: torch.dtype | None = None, tie: str | None = None,
+    split: Mapping | None = None, layout: Mapping | None = None, read=None, **hyper,
+) -> Plan:  # fmt: skip
+    """What `wrap` with the same arguments would do; changes nothing and works on meta models."""
+    req = _request(model, method, targets=targets, exclude=exclude, layers=layers, of=of, name=name, overrides=overrides, seed=seed, dtype=dtype,
+                   tie=tie, split=split, layout=layout, read=read, hyper=hyper)  # fmt: skip
+    return plan_of(req)
+
+
+def plan_of(req: _Request) -> Plan:
+    counted: dict[tuple, tuple[int, int]] = {}
+    rows = []
+    defaults = {k: p.default for k, p in keywords(req.cls).items()}
+    with fenced_rng():
+        recipes = req.recipes("meta")
+        for site, recipe in zip(req.sites, recipes, strict=True):
+            key = (id(recipe), site.rule.name, site.kind, site.n_out, site.n_in, site.shape, site.has_bias, site.dtype)
+            if key not in counted:
+                counted[key] = _count(recipe.build(as_kind(site, Shape), (), "meta"), site, req.default_dtype(site))
+            n, size = counted[key]
+            shape = site.shape if site.kind == "tensor" else (site.n_out, site.n_in)
+            rows.append(
+                Row(site.path, hosts.original_class(site.host).__name__, shape, n, size, {**defaults, **recipe.hyper}, "read" if site.read_only else "call")
+            )
+    shared = sum(b.numel() * b.element_size() for b in saved_tensors(recipes[0].common).values()) if recipes[0].common else 0
+    extra = sum(p.numel() for p in recipes[0].common.parameters()) if recipes[0].common else 0
+    given = tuple(sorted({k for h in req.hypers for k in h}))
+    total = sum(p.numel() for m in req.model.modules.values() for p in m._parameters.values() if p is not None)
+    return Plan(req.label, req.name, rows, req.counts, sum(r.trainable for r in rows) + extra, total, sum(r.bytes for r in rows) + shared, given)
+
+
+def _count(method: Method, site: Site, dtype: torch.dtype) -> tuple[int, int]:
+    """(trainable entries, file bytes) of one method, floating tensors counted in the adapter's dtype."""
+    if method.in_place:
+        p = site.raw_tensor
+        return p.numel(), p.numel() * p.element_size()
+    width = torch.empty(0, dtype=dtype).element_size()
+    size = sum(t.numel() * (width if t.is_floating_point() else t.element_size()) for t in saved_tensors(method).values())
+    return sum(p.numel() for p in method.parameters()), size
+
+
+def wrap(
+    model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
+    overrides: Mapping | None = None, data: Iterable | None = None, loss: Callable | None = None, seed: int = 0, dtype: torch.dtype | None = None,
+    tie: str | None = None, split: Mapping | None = None, layout: Mapping | None = None, read=None, **hyper,
+) -> nn.Module:  # fmt: skip
+    """Attach a method to the places of `model` that the patterns mean, freeze everything else, and return the same model.
+
+    Args:
+        model: any module; it is changed in place, and stays the same object of the same class.
+        method: a name of the registry (`peftlab.methods()`) or a subclass of `peftlab.Method`.
+        targets, exclude: patterns (see `peftlab.patterns`); by default the method's structural rule.
+        layers, of: indices of the blocks to stay in, and the list they index (needed where a model has several).
+        name: the adapter's name; methods stack in the order of their wrapping.
+        overrides: pattern -> options, for sites that differ; the most specific pattern wins.
+        data, loss: batches for starts that are computed from data, and `loss(model, batch)` where the model returns none.
+        seed: start values depend on it, the adapter's name and the site's path alone; the global generators are not touched.
+        dtype: of the adapter's tensors; float32 by default (float64 on a float64 base).
+        tie: "share" or "untie", needed where a targeted tensor is tied to another.
+        split: pattern -> {part: rows} names row blocks of fused projections, which targets can then mean.
+        layout: pattern -> "oi" | "io" | "eoi" | "eio" states the orientation of raw 2-D and 3-D parameters.
+        read: patterns of layers whose weight is read without their being called.
+        **hyper: the method's own options.
+
+    Raises:
+        PatternError, ValueError, TypeError: with the value, the limit and the nearest right name; the model is then unchanged.
+    """
+    req = _request(model, method, targets=targets, exclude=exclude, layers=layers, of=of, name=name, overrides=overrides, seed=seed, dtype=dtype,
+                   tie=tie, split=split, layout=layout, read=read, hyper=hyper)  # fmt: skip
+    with fenced_rng():
+        methods = build(req)
+        if any(m.needs_data for m in methods):
+            if data is None:
+                raise ValueError(f"{req.label} computes its start from data: give data=, an iterable of batches")
+            calibrate(bare(model), list(zip(req.sites, methods, strict=True)), data, loss)
+    attach(bare(model), req, methods)
+    return model
+
+
+def build(req: _Request) -> list[Method]:
+    """The methods of a request with their start values; the model is not touched."""
+    out = []
+    recipes = req.recipes("meta" if all(s.device.type == "meta" for s in req.sites) else "cpu")
+    for site, recipe in zip(req.sites, recipes, strict=True):
+        stack = site.host._modules.get(CHILD)
+        meta = site.device.type == "meta"
+        try:
+            method = recipe.build(site, stack.links.weights if stack else (), "meta" if meta else "cpu")
+        except NeedsWeight as e:
+            raise ValueError(f"{req.label} needs the weight's values at {site.path!r}: {e}") from None
+        if site.rule.name == "opaque" and not method.opaque:
+            raise ValueError(f"{req.label} needs the weight of {site.path!r}, a {type(site.host).__name__} that only offers a call")
+        finish(method, site, req.default_dtype(site))
+        out.append(method)
+    return out
+
+
+def finish(method: Method, site: Site, dtype: torch.dtype) -> None:
+    """Device, dtype and mode of a new method."""
+    device = site.device
+    plain = [t for t in (*method._parameters.values(), *method._buffers.values()) if t is not None]
+    if method._modules or any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in plain):
+        method._apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+    method.__dict__["training"] = site.host.training
+    for m in method._modules.values():
+        m.train(site.host.training)
+
+
+def attach(model: nn.Module, req: _Request, methods: list[Method]) -> None:
+    """The one step that changes the model; it does not fail."""
+    ledger = model.__dict__.get(LEDGER)
+    if ledger is None:
+        inner = ledgers(model)
+        ledger = Ledger.of(model)
+        for path, _, old in inner:  # a part was wrapped before: its flags are older than ours
+            ledger.flags |= {join(path, k): v for k, v in old.flags.items()}
+        model.__dict__[LEDGER] = ledger
+        if not inner:
+            freeze_base(model)
+        else:
+            for path, m in walk(model):
+                if not any(path == p or path.startswith(p + ".") or p == "" for p, _, _ in inner):
+                    for p in m._parameters.values():
+                        if p is not None:
+                            p.requires_grad_(False)
+    by_host: dict[int, list[tuple[Site, Method]]] = {}
+    for site, method in zip(req.sites, methods, strict=True):
+        by_host.setdefault(id(site.host), []).append((site, method))
+    for pairs in by_host.values():
+        host = pairs[0][0].host
+        read = any(s.read_only for s, _ in pairs) or (any(s.kind == "tensor" for s, _ in pairs) and not _callable_whole(host))
+        stack = hosts.swap_in(host, read, tuple(seen_by(pairs)))
+        if stack.read:  # an adapter of an earlier call may have been seen through the call until now
+            earlier = [p for ps in stack.sites.values() for p in ps]
+            hosts.swap_in(host, True, tuple(seen_by(earlier)))
+        stack.add(req.name, pairs)
+        if any(t.is_meta for _, m in pairs for t in m.state_dict().values()):
+            stack.unready.add(req.name)
+        for site, method in pairs:
+            if method.in_place:
+                site.raw_tensor.requires_grad_(True)
+            if site.tied and req.tie == "share":
+                _follow(site)
+            elif site.tied:
+                stack.untied.add(site.param)
+    common = methods[0].recipe.common
+    if common is not None:
+        share(model, req.name, common, req.sites[0].device)
+    ledger.targets[req.name] = req.asked
+
+
+def share(model: nn.Module, name: str, common: nn.Module, device: torch.device) -> None:
+    """Keep an adapter's shared module once, at the root."""
+    holder = model._modules.get(SHARED)
+    if holder is None:
+        holder = model._modules[SHARED] = nn.Module()
+    holder._modules[name] = common.to(device)
+
+
+def _callable_whole(host: nn.Module) -> bool:
+    """Whether the host's call can be run functionally with changed tensors."""
+    from . import layers
+
+    rule = layers.rule_of(host)
+    stack = host._modules.get(CHILD)
+    covered = set(host._parameters) <= {"weight", "bias"}
+    return bool(rule and rule.call and covered and layers.surrounds(host, hosts.original_class(host)) and not (stack and stack.read)) and not isinstance(
+        rule, layers.Embedding
+    )
+
+
+def seen_by(pairs: Iterable[tuple[Site, Method]]) -> list[str]:
+    """The parameters that these methods change."""
+    out = []
+    for s, m in pairs:
+        if s.param is not None and m.has_weight() and not m.in_place:
+            out.append(s.param)
+        if s.bias is not None and m.has_bias() and s.host._parameters.get(s.bias) is not None:
+            out.append(s.bias)
+    return out
+
+
+def _follow(site: Site) -> None:
+    """The other ends of a tied tensor show what the adapted end shows."""
+    for host, param in site.tied:
+        if isinstance(host, hosts.Adapted) and host._modules[CHILD].alias.get(param):
+            continue
+        stack = hosts.swap_in(host, True, (param,))
+        stack.alias[param] = (site.host, site.param)
+
+
+def freeze_base(model: nn.Module) -> None:
+    for _, m in walk(model):
+        for p in m._parameters.values():
+            if p is not None:
+                p.requires_grad_(False)
+
+
+def adapter_modules(model: nn.Module, wanted: Iterable[str] | None = None) -> list[tuple[str, str, Site | None, nn.Module]]:
+    """(adapter, path, site, module) of every method and shared module; paths are those of the saved tensors."""
+    out = []
+    for path, _, stack in stacks(model):
+        for name, pairs in stack.sites.items():
+            if wanted is None or name in wanted:
+                out += [(name, join(path, CHILD, name, s.key), s, m) for s, m in pairs]
+    for path, m in walk(model):
+        holder = m._modules.get(SHARED)
+        for name, common in (holder._modules if holder is not None else {}).items():
+            if wanted is None or name in wanted:
+                out.append((name, join(path, SHARED, name), None, common))
+    return out
+
+
+def which(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str]:
+    """Adapter names as a list, in stacking order; unknown ones raise with the nearest right name."""
+    there = names(model)
+    if wanted is None:
+        return there
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    for n in asked:
+        if n not in there:
+            raise ValueError(f"there is no adapter {n!r}; this model has {there or 'none'}.{did_you_mean(n, there)}")
+    return [n for n in there if n in asked]
+
+
+def set_trainable(model: nn.Module, wanted: str | Iterable[str] | None, flag: bool) -> None:
+    chosen = which(model, wanted)
+    for _, _, site, m in adapter_modules(model, chosen):
+        for p in m.parameters():
+            p.requires_grad_(flag)
+        if site is not None and m.in_place:
+            site.raw_tensor.requires_grad_(flag)
+
+
+def freeze(model: nn.Module, *names: str) -> None:
+    """Stop training these adapters (all without names)."""
+    set_trainable(model, names or None, False)
+
+
+def unfreeze(model: nn.Module, *names: str) -> None:
+    """Train these adapters (all without names)."""
+    set_trainable(model, names or None, True)
+
+
+def train_only(model: nn.Module, *names: str) -> None:
+    """Train these adapters and no others."""
+    which(model, names)
+    set_trainable(model, None, False)
+    set_trainable(model, names, True)
+
+
+__all__ = ["Plan", "Stack", "freeze", "plan", "train_only", "unfreeze", "wrap"]

@@ -1,0 +1,333 @@
+"""The layer zoo of the conformance suite, and the one row that a method may need here.
+
+A case is a model with the places to adapt in it, its inputs, and the keywords of `wrap` that mean those places. Which methods fit which
+cases is asked of the library (`peftlab.plan` accepts the pair or refuses it), never decided by a name; the answers are recorded in `ROWS`, so
+that a method that silently stops fitting a layer fails a test.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import peftlab
+
+# ---------------------------------------------------------------- modules that torch does not have
+
+
+class Net(nn.Module):
+    """One layer inside a model, so that it has a path; tuples are cut to their first entry."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        y = self.layer(*inputs)
+        return y[0] if isinstance(y, tuple) else y
+
+
+class OwnForward(nn.Linear):
+    """A linear whose forward does more: only its weight may be changed, never its operation."""
+
+    def forward(self, x):
+        return 2 * super().forward(x) + 1
+
+
+class OwnInit(nn.Linear):
+    """A linear with another constructor."""
+
+    def __init__(self, size: int):
+        super().__init__(size, size)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Gemma's: the looked-up rows are multiplied."""
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embedding_dim**0.5
+
+
+class Experts(nn.Module):
+    """One matrix an expert in one 3-D parameter, as mixture-of-experts models hold them."""
+
+    def __init__(self, experts: int, n_in: int, n_out: int, order: str):
+        super().__init__()
+        self.order = order
+        self.up = nn.Parameter(torch.randn(experts, *((n_in, n_out) if order == "eio" else (n_out, n_in))))
+
+    def forward(self, x):  # (experts, tokens, n_in)
+        return torch.bmm(x, self.up if self.order == "eio" else self.up.mT)
+
+
+class Raw(nn.Module):
+    """A bare matrix that is only read."""
+
+    def __init__(self, n_in: int, n_out: int, order: str = "oi"):
+        super().__init__()
+        self.order = order
+        self.table = nn.Parameter(torch.randn(*((n_out, n_in) if order == "oi" else (n_in, n_out))))
+
+    def forward(self, x):
+        return torch.tanh(x @ (self.table.t() if self.order == "oi" else self.table))
+
+
+class Packed(nn.Module):
+    """A foreign quantised linear: eight-bit codes, and nothing but a call."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.in_features, self.out_features = n_in, n_out
+        self.weight = nn.Parameter(torch.randint(0, 256, (n_out * n_in, 1)).to(torch.uint8), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(n_out))
+        self.register_buffer("step", torch.tensor(1 / 64))
+
+    def dense(self) -> Tensor:
+        return (self.weight.view(self.out_features, self.in_features).to(self.step.dtype) - 128) * self.step
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias.to(x.dtype))
+
+
+class Tied(nn.Module):
+    """A table that is looked up at one end and multiplied with at the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 6), nn.Linear(6, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+class Two(nn.Module):
+    """Two sites of different shapes, so that what sites share has something to fit to."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 10), nn.Linear(10, 6, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+def conv1d_hf(n_out: int, n_in: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(n_out, n_in)
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 1)
+
+
+# ---------------------------------------------------------------- the zoo
+
+
+def x(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(*shape),)
+
+
+def ids() -> tuple[Tensor]:
+    return (torch.tensor([[0, 3, 3, 11], [7, 1, 0, 5]]),)
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    wrap: dict = field(default_factory=lambda: {"targets": "layer"})
+
+
+def qkv(dims: tuple[int, int, int], tokens: int = 5) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(torch.randn(2, tokens, d) for d in dims)
+
+
+SIZES = {"q": 4, "k": 2, "v": 2}  # grouped-query attention: unequal parts
+HEADS = {"q": [0, 3, 6], "k": [1, 4, 7], "v": range(2, 9, 3)}  # the three parts of a head lie side by side
+ATTENTION = {"targets": ["layer", "layer.out_proj"]}
+
+CASES = {
+    "linear": Case(lambda: Net(nn.Linear(6, 8)), x(2, 3, 6)),
+    "linear_nobias": Case(lambda: Net(nn.Linear(8, 6, bias=False)), x(5, 8)),
+    "linear_own_forward": Case(lambda: Net(OwnForward(6, 4)), x(5, 6)),
+    "linear_own_init": Case(lambda: Net(OwnInit(6)), x(5, 6)),
+    "conv1d_hf": Case(lambda: Net(conv1d_hf(8, 6)), x(2, 3, 6)),
+    "conv1d": Case(lambda: Net(nn.Conv1d(4, 6, 3, padding=2, dilation=2)), x(2, 4, 7)),
+    "conv1d_reflect": Case(lambda: Net(nn.Conv1d(4, 6, 3, stride=2, padding=2, padding_mode="reflect")), x(2, 4, 7)),
+    "conv2d": Case(lambda: Net(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0))), x(2, 4, 5, 6)),
+    "conv2d_groups": Case(lambda: Net(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)), x(2, 4, 5, 6)),
+    "conv2d_depthwise": Case(lambda: Net(nn.Conv2d(4, 8, 3, groups=4, bias=False)), x(2, 4, 5, 6)),
+    "conv2d_same": Case(lambda: Net(nn.Conv2d(4, 6, (2, 3), padding="same", dilation=2)), x(2, 4, 5, 6)),
+    "conv2d_replicate": Case(lambda: Net(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="replicate")), x(2, 4, 5, 6)),
+    "conv2d_circular": Case(lambda: Net(nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular", groups=2)), x(2, 4, 5, 6)),
+    "conv3d": Case(lambda: Net(nn.Conv3d(4, 6, 2, stride=(1, 2, 1), dilation=(1, 1, 2), groups=2)), x(2, 4, 3, 4, 4)),
+    "conv3d_replicate": Case(lambda: Net(nn.Conv3d(2, 4, 2, padding=1, padding_mode="replicate")), x(2, 2, 2, 3, 2)),
+    "conv_transpose1d": Case(lambda: Net(nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)), x(2, 4, 5)),
+    "conv_transpose2d": Case(lambda: Net(nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1, output_padding=1, groups=2)), x(2, 4, 3, 4)),
+    "conv_transpose3d": Case(lambda: Net(nn.ConvTranspose3d(4, 6, 2, dilation=2, groups=2, bias=False)), x(2, 4, 2, 3, 2)),
+    "embedding": Case(lambda: Net(nn.Embedding(12, 6)), ids),
+    "embedding_padding": Case(lambda: Net(nn.Embedding(12, 6, padding_idx=3)), ids),
+    "embedding_max_norm": Case(lambda: Net(nn.Embedding(12, 6, max_norm=1.0)), ids),
+    "embedding_scaled": Case(lambda: Net(ScaledEmbedding(12, 6, padding_idx=3)), ids),
+    "bilinear": Case(lambda: Net(nn.Bilinear(4, 3, 6)), lambda: (torch.randn(5, 4), torch.randn(5, 3))),
+    "attention": Case(lambda: Net(nn.MultiheadAttention(8, 2, batch_first=True)), qkv((8, 8, 8)), ATTENTION),
+    "attention_whole": Case(lambda: Net(nn.MultiheadAttention(8, 2, batch_first=True)), qkv((8, 8, 8)), {"targets": "in_proj_weight"}),
+    "attention_kv_dims": Case(lambda: Net(nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)), qkv((8, 4, 6)), ATTENTION),
+    "attention_nobias": Case(lambda: Net(nn.MultiheadAttention(8, 2, bias=False, batch_first=True)), qkv((8, 8, 8)), ATTENTION),
+    "lstm": Case(lambda: Net(nn.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=2)), x(3, 2, 4)),
+    "gru": Case(lambda: Net(nn.GRU(4, 6, batch_first=True)), x(2, 3, 4)),
+    "rnn": Case(lambda: Net(nn.RNN(4, 6, bias=False)), x(3, 2, 4)),
+    "lstm_cell": Case(lambda: Net(nn.LSTMCell(4, 6)), x(3, 4)),
+    "gru_cell": Case(lambda: Net(nn.GRUCell(4, 6)), x(3, 4)),
+    "rnn_cell": Case(lambda: Net(nn.RNNCell(4, 6)), x(3, 4)),
+    "layer_norm": Case(lambda: Net(nn.LayerNorm(6)), x(2, 3, 6)),
+    "group_norm": Case(lambda: Net(nn.GroupNorm(2, 6)), x(3, 6, 4)),
+    "batch_norm": Case(lambda: Net(nn.BatchNorm1d(6)), x(7, 6)),
+    "experts_eio": Case(lambda: Net(Experts(3, 4, 6, "eio")), x(3, 5, 4), {"targets": "layer.up", "layout": {"layer.up": "eio"}}),
+    "experts_eoi": Case(lambda: Net(Experts(3, 4, 6, "eoi")), x(3, 5, 4), {"targets": "layer.up", "layout": {"layer.up": "eoi"}}),
+    "experts_one": Case(lambda: Net(Experts(3, 4, 6, "eio")), x(3, 5, 4), {"targets": "layer.up.1", "layout": {"layer.up": "eio"}}),
+    "fused": Case(lambda: Net(nn.Linear(6, 8)), x(2, 3, 6), {"targets": ["layer.q", "layer.v"], "split": {"layer": SIZES}}),
+    "fused_heads": Case(lambda: Net(nn.Linear(6, 9)), x(2, 3, 6), {"targets": ["layer.q", "layer.v"], "split": {"layer": HEADS}}),
+    "fused_conv1d_hf": Case(lambda: Net(conv1d_hf(8, 6)), x(2, 3, 6), {"targets": ["layer.q", "layer.v"], "split": {"layer": SIZES}}),
+    "raw": Case(lambda: Net(Raw(6, 8)), x(5, 6), {"targets": "layer.table"}),
+    "raw_io": Case(lambda: Net(Raw(6, 8, "io")), x(5, 6), {"targets": "layer.table", "layout": {"layer.table": "io"}}),
+    "opaque": Case(lambda: Net(Packed(6, 8)), x(2, 3, 6)),
+    "encoder": Case(encoder, x(2, 3, 8), {"targets": "*"}),
+    "tied_share": Case(Tied, ids, {"targets": "embed", "tie": "share"}),
+    "tied_untie": Case(Tied, ids, {"targets": "embed", "tie": "untie"}),
+    "two": Case(Two, x(2, 3, 4), {"targets": "*"}),
+}
+
+
+# ---------------------------------------------------------------- the one row that a method may need
+
+ALL = frozenset(CASES)
+NORMS = frozenset({"layer_norm", "group_norm", "batch_norm"})
+MATRICES = ALL - NORMS  # everything with a matrix
+TABLES = frozenset(c for c in CASES if c.startswith(("embedding", "tied")))
+WHOLE = ALL - {"experts_one", "fused", "fused_heads", "fused_conv1d_hf"}  # a method on whole parameters has no parts
+NO_BIAS = frozenset({"linear_nobias", "conv2d_depthwise", "conv_transpose3d", "attention_whole", "attention_nobias", "rnn", "raw", "raw_io"})
+SHOWN = frozenset(c for c in CASES if c.startswith(("linear", "fused")) or c in ("conv1d_hf", "opaque", "two"))  # the call's input is the matrix's
+
+
+@dataclass(frozen=True)
+class Row:
+    """Small keywords for the zoo's small layers, and the cases that the method fits."""
+
+    fits: frozenset[str] | None = None
+    hyper: dict = field(default_factory=dict)
+
+
+def row(fits: frozenset[str], **hyper) -> Row:
+    return Row(fits, hyper)
+
+
+# An alias without a row of its own has its method's.
+ROWS = {
+    "adalora": row(MATRICES, r=1, init_r=2),
+    "bitfit": row(WHOLE - NO_BIAS - TABLES - {"experts_eio", "experts_eoi"}),
+    "dora": row(MATRICES - {"opaque"}, r=2),
+    "eva": row(SHOWN, r=2),
+    "fourierft": row(MATRICES, n=4, alpha=5.0),
+    "full": row(WHOLE),
+    "ia3": row(MATRICES),
+    "l1": row(WHOLE),
+    "lokr": row(MATRICES, r=1),
+    "lora": row(MATRICES, r=2),
+    "oft": row(MATRICES - TABLES),
+    "olora": row(MATRICES - {"opaque"}, r=2),
+    "pissa": row(MATRICES - {"opaque"}, r=2),
+    "sparse": row(WHOLE, n=2),
+    "tokens": row(TABLES, ids=[1, 3]),
+    "vera": row(MATRICES, r=4),
+}
+
+# Methods whose start is the base only up to rounding; every other one starts bit for bit.
+ROUNDED_START = {"dora": "m / |V| is one up to rounding"}
+
+# (method, law) or (method, law, case) -> reason: the only place for exceptions. Strict: one that passes fails.
+EXPECTED: dict[tuple[str, ...], str] = {
+    ("dora", "law_05_gradcheck"): "no gradient flows through the norm (sec. 4.3 of the paper), so the derivative is not that of the value",
+}
+
+QUICK = ("linear", "conv2d_groups", "embedding")  # the default selection: these, or the first case that a method fits
+PARTNERS = ("lora", "oft", "ia3", "full")  # what every method is stacked on and under
+
+
+# ---------------------------------------------------------------- questions to the library
+
+
+def methods() -> list[str]:
+    """Every name of the registry, aliases included."""
+    return [e.name for e in peftlab.methods()]
+
+
+def row_of(method: str) -> Row:
+    if method in ROWS:
+        return ROWS[method]
+    entry = next((e for e in peftlab.methods() if e.name == method), None)
+    return ROWS.get(entry.method if entry else method, Row())
+
+
+def seeded(f: Callable, seed: int):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return f()
+
+
+def build(case: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model of a case, always the same one; no tensor of it is left at a special value (zeros, ones)."""
+
+    def make():
+        model = CASES[case].make()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.is_floating_point():
+                    p.add_(0.2 * torch.randn(p.shape))
+        return model
+
+    return seeded(make, zlib.crc32(case.encode())).to(dtype)
+
+
+def inputs(case: str, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, ...]:
+    found = seeded(CASES[case].inputs, seed)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in found)
+
+
+def loss_of(model: nn.Module, batch) -> Tensor:
+    return model(*batch).float().square().mean()
+
+
+def data(case: str, dtype: torch.dtype = torch.float64) -> dict:
+    """Batches and a loss, for the methods that start from them; the others ignore them."""
+    return {"data": [inputs(case, dtype, seed=s) for s in (2, 3)], "loss": loss_of}
+
+
+def keywords(method: str, case: str) -> dict:
+    return {**CASES[case].wrap, **row_of(method).hyper}
+
+
+@functools.cache
+def fits(method: str, case: str) -> bool:
+    """Whether the library accepts the pair."""
+    try:
+        peftlab.plan(CASES[case].make(), method, **keywords(method, case))
+    except ValueError:
+        return False
+    return True
+
+
+def fitting(method: str) -> list[str]:
+    return [c for c in CASES if fits(method, c)]
+
+
+def quick(method: str) -> list[str]:
+    there = fitting(method)
+    return [c for c in QUICK if c in there] or there[:1]
