@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .host import Site
+from .host import CHILD, Site, as_kind, install, swap_out
 from .method import Base, Method
+
+PROBE = "peftlab_probe"  # the adapter that is there while gradients are collected
 
 
 def run(model: nn.Module, batch):
@@ -27,6 +29,17 @@ def loss_of(output) -> Tensor:
     if not isinstance(found, Tensor) or found.numel() != 1:
         raise ValueError("the model returned no loss; give loss=, a function of (model, batch)")
     return found
+
+
+def observable(site: Site) -> bool:
+    """Whether the host's call shows this site's input: linear-like layers, and q, k, v of nn.MultiheadAttention."""
+    if isinstance(site.host, nn.MultiheadAttention):
+        return site.key in ("q_proj", "k_proj", "v_proj")
+    return site.rule.pointwise and site.expert is None and (site.rule.call and not site.transposed) and not _only_read(site)
+
+
+def _only_read(site: Site) -> bool:
+    return site.read_only and type(site.host).__name__ == "NonDynamicallyQuantizableLinear"
 
 
 def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable, loss: Callable | None) -> None:
@@ -76,18 +89,44 @@ def _inputs(model: nn.Module, pairs, data, loss) -> set[int]:
     return seen
 
 
+class _Probe(Method):
+    """W + D, D = 0: the gradient of D is that of the weight that the method will see, whatever lies below."""
+
+    def __init__(self, site: Site):
+        super().__init__(Base(site))
+        self.D = nn.Parameter(torch.zeros((site.n_out, site.n_in) if site.kind == "matrix" else site.shape, dtype=site.dtype, device=site.device))
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.D
+
+
 def _gradients(model: nn.Module, pairs, data, loss) -> set[int]:
-    tensors = [s.raw_tensor for s, _ in pairs]
-    for t in tensors:
-        t.requires_grad_(True)
+    by_host: dict[int, list] = {}
+    for site, _ in pairs:
+        by_host.setdefault(id(site.host), []).append((as_kind(site, Site), _Probe(site)))
+    before = [(ps[0][0].host, ps[0][0].host.__class__, ps[0][0].host._modules.get(CHILD)) for ps in by_host.values()]
+    reads = [stack.read if stack is not None else False for _, _, stack in before]
     seen: set[int] = set()
-    for batch in data:
-        with torch.enable_grad():
-            value = loss_of(run(model, batch)) if loss is None else loss(model, batch)
-            grads = torch.autograd.grad(value, tensors, allow_unused=True)
-        with torch.no_grad():
-            for (site, method), g in zip(pairs, grads, strict=True):
-                if g is not None:
-                    method.observe_grad(Base(site, (), method.common), site.get(site.part(g)))
-                    seen.add(id(site))
+    try:
+        for ps in by_host.values():
+            install(PROBE, ps)
+        tensors = [p.D for ps in by_host.values() for _, p in ps]
+        where = {(id(s.host), s.key): (s, m) for s, m in pairs}
+        asked = [where[id(s.host), s.key] for ps in by_host.values() for s, _ in ps]
+        for batch in data:
+            with torch.enable_grad():
+                value = loss_of(run(model, batch)) if loss is None else loss(model, batch)
+                grads = torch.autograd.grad(value, tensors, allow_unused=True)
+            with torch.no_grad():
+                for (site, method), g in zip(asked, grads, strict=True):
+                    if g is not None:
+                        method.observe_grad(Base(site, (), method.common), g)
+                        seen.add(id(site))
+    finally:
+        for (host, cls, stack), read in zip(before, reads, strict=True):
+            host._modules[CHILD].drop(PROBE)
+            if stack is None:
+                swap_out(host)
+            else:
+                stack.read, host.__class__ = read, cls
     return seen

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -136,10 +138,15 @@ class Links(NamedTuple):
 
 
 NOTHING = Links((), ())
+REMEMBERED = 256  # switches that a checkpointed forward may lie back
 
 
 class Stack(nn.Module):
     """The adapters of one module, in stacking order; lives at `<host>.peftlab`."""
+
+    # Its state is plain data and its submodules go through `_modules`: nn.Module's search for parameters in every value that is
+    # set would add up over thousands of hosts.
+    __setattr__ = object.__setattr__
 
     sites: dict[str, list[tuple[Site, Method]]]
     active: tuple[str, ...]
@@ -149,20 +156,24 @@ class Stack(nn.Module):
     silent: bool  # inside `disabled`
     read: bool  # weights are seen through properties instead of through the call
     dense: bool  # some active site has only its definition (a slice, a whole tensor)
+    made: dict[tuple, Links]  # links by what is active and merged
     history: deque[tuple[int, Links]]  # what acted until when, for forwards that backward will run again
+    lost: int  # until when it is forgotten what acted
     alias: dict[str, tuple[nn.Module, str]]  # tied parameters that follow another host's adapters
     untied: set[str]  # tied parameters of which this end alone is adapted
     unready: set[str]  # adapters built on meta whose start values are still to come
 
     def __init__(self, read: bool):
         super().__init__()
-        # Straight into __dict__: nn.Module.__setattr__ looks for parameters in every value, which adds up over thousands of hosts.
-        self.__dict__.update(sites={}, active=(), merged=(), lossy=(), silent=False, links=NOTHING, read=read, dense=False, history=deque(maxlen=64))
-        self.__dict__.update(alias={}, untied=set(), unready=set())
+        self.sites, self.active, self.merged, self.lossy = {}, (), (), ()
+        self.links, self.made, self.history, self.lost = NOTHING, {}, deque(maxlen=REMEMBERED), 0
+        self.silent, self.read, self.dense = False, read, False
+        self.alias, self.untied, self.unready = {}, set(), set()
 
     # ---- adapters
     def add(self, name: str, pairs: list[tuple[Site, Method]]) -> None:
         self.sites[name] = pairs
+        self.made = {}
         for site, method in pairs:
             method.__dict__.update(site=site, shapes={k: tuple(t.shape) for k, t in saved_tensors(method).items()})
             if site.key == "":
@@ -172,35 +183,54 @@ class Stack(nn.Module):
             *parents, last = [name, *site.key.split(".")]
             for part in parents:
                 node = node._modules.setdefault(part, nn.Module())
+                node.training = self.training
             node._modules[last] = method
         self.set_active((*self.active, name))
 
     def drop(self, name: str) -> None:
         del self.sites[name]
+        self.made = {}
         self._modules.pop(name, None)
         self.unready.discard(name)
-        self.__dict__["merged"] = tuple(n for n in self.merged if n != name)
-        self.__dict__["lossy"] = tuple(n for n in self.lossy if n != name)
+        self.merged = tuple(n for n in self.merged if n != name)
+        self.lossy = tuple(n for n in self.lossy if n != name)
         self.set_active(tuple(n for n in self.active if n != name))
         self.history.clear()
+        self.made = {}
 
     @property
     def order(self) -> tuple[str, ...]:
         return tuple(self.sites)
 
     def set_active(self, names: tuple[str, ...]) -> None:
-        self.__dict__["active"] = tuple(n for n in self.sites if n in names)
+        self.active = tuple(n for n in self.sites if n in names)
         self.refresh()
 
     def refresh(self) -> None:
         """Recompute what acts now; remember what acted before, for checkpointed forwards that backward will run again."""
-        acting = [] if self.silent else [p for n in self.active if n not in self.merged for p in self.sites[n]]
+        key = () if self.silent else (self.active, self.merged)
+        links = self.made.get(key)
+        if links is None:
+            links = self.made[key] = NOTHING if self.silent else self._links()
+        if links is not self.links:
+            self._remember(torch._C._autograd._get_sequence_nr(), links)
+            self.links = links
+        self.dense = any(s.key != "" or s.kind != "matrix" or s.rows is not None for s, _ in links.weights)
+
+    def _links(self) -> Links:
+        acting = [p for n in self.active if n not in self.merged for p in self.sites[n]]
         weights = tuple(p for p in acting if p[1].on != "module" and not p[1].in_place)
-        links = Links(weights, tuple(p for p in acting if p[1].on == "module"))
-        if links != self.links:
-            self.history.append((torch._C._autograd._get_sequence_nr(), self.links))
-            self.__dict__["links"] = links
-        self.__dict__["dense"] = any(s.kind != "matrix" or s.rows is not None or s.key != "" for s, _ in weights)
+        return Links(weights, tuple(p for p in acting if p[1].on == "module")) if acting else NOTHING
+
+    def _remember(self, now: int, new: Links) -> None:
+        since = self.history[-1][0] if self.history else -1
+        if now == since:  # nothing was recorded for backward since the last switch, so what acted meanwhile is not needed
+            if self.history[-1][1] is new:
+                self.history.pop()
+            return
+        if len(self.history) == REMEMBERED:
+            self.lost = self.history[0][0]
+        self.history.append((now, self.links))
 
     def current(self) -> Links:
         if torch.compiler.is_compiling():
@@ -212,11 +242,16 @@ class Stack(nn.Module):
         if self.history and torch._C._current_graph_task_id() != -1:
             node = torch._C._current_autograd_node()
             if node is not None:
-                now = node._sequence_nr()
-                for until, links in self.history:
-                    if now < until:
-                        return links
+                return self._acted_at(node._sequence_nr())
         return self.links
+
+    def _acted_at(self, moment: int) -> Links:
+        if moment < self.lost:
+            raise RuntimeError(f"adapters were switched more than {REMEMBERED} times between a checkpointed forward and its backward")
+        return next((links for until, links in self.history if moment < until), self.links)
+
+    def forward(self, x, *args, **kwargs):
+        return x  # for hosts that call all their children in turn, as nn.Sequential does
 
     # ---- meta -> real
     def _apply(self, fn, recurse=True):
@@ -225,8 +260,13 @@ class Stack(nn.Module):
             self.materialise(weights_known=False)
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.unready:
+            self.materialise()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def materialise(self, weights_known: bool = True) -> None:
-        """Give adapters that were built on meta their start values once their tensors are real (`to_empty`)."""
+        """Give adapters that were built on meta their start values once their tensors are real (`to_empty`, `assign=True`)."""
         for name in sorted(self.unready):
             done = [method.recipe.fill(site, method, weights_known) for site, method in self.sites[name]]
             if all(done):
@@ -246,6 +286,7 @@ class Recipe:
     name: str
     seed: int
     common: nn.Module | None = None
+    make_common: Callable[[], nn.Module] | None = None  # while `common` was built on meta
 
     def build(self, site: Site, below: tuple = (), device: str = "cpu") -> Method:
         """The method with its start values, drawn on CPU from (seed, adapter, path): the same on every process and device."""
@@ -257,19 +298,46 @@ class Recipe:
         return method
 
     def fill(self, site: Site, method: Method, weights_known: bool) -> bool:
-        """Write the start values into a method whose tensors have become real; False while they cannot be known yet."""
-        tensors = dict(method.named_parameters()) | dict(method.named_buffers())
-        if any(t.is_meta for t in tensors.values()):
+        """Write the start values into a method whose tensors were on meta; False while they cannot be known yet."""
+        if site.device.type == "meta" or not self.fill_common(site.device, weights_known):
+            return False
+        if not weights_known and any(t.is_meta for t in [*method.parameters(), *method.buffers()]):
             return False
         with fenced_rng():
             try:
                 fresh = self.build(site if weights_known else as_kind(site, Blind))
             except layers.NeedsWeight:
                 return False
-        with torch.no_grad():
-            for k, t in (dict(fresh.named_parameters()) | dict(fresh.named_buffers())).items():
-                tensors[k].copy_(t)
+        fill_tensors(method, fresh, site.device)
         return True
+
+    def fill_common(self, device: torch.device, weights_known: bool) -> bool:
+        """The same for what the sites share."""
+        if self.common is None or self.make_common is None:
+            return True
+        if not weights_known and any(t.is_meta for t in [*self.common.parameters(), *self.common.buffers()]):
+            return False
+        with fenced_rng():
+            fill_tensors(self.common, self.make_common(), device)
+        self.make_common = None
+        return True
+
+
+@torch.no_grad()
+def fill_tensors(old: nn.Module, new: nn.Module, device: torch.device) -> None:
+    """Copy values into tensors that are there; give those still on meta real ones."""
+    values = dict(new.named_parameters()) | dict(new.named_buffers())
+    for path, m in old.named_modules():
+        for table in (m._parameters, m._buffers):
+            for k, t in table.items():
+                if t is None:
+                    continue
+                value = values[f"{path}.{k}" if path else k]
+                if not t.is_meta:
+                    t.copy_(value)
+                    continue
+                value = value.detach().to(device, t.dtype)
+                table[k] = nn.Parameter(value, requires_grad=t.requires_grad) if table is m._parameters else value
 
 
 class Blind(Site):
@@ -332,6 +400,18 @@ class fenced_rng:  # noqa: N801 - a context manager used like a function
     def __exit__(self, *exc):
         torch.default_generator.set_state(self.state)
         torch.set_default_dtype(self.dtype)
+
+
+@contextlib.contextmanager
+def paused_gc() -> Iterator[None]:
+    """Thousands of new modules would have the cyclic collector walk the whole heap again and again: half of the time of a wrap."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def site_seed(seed: int, name: str, path: str) -> int:
@@ -464,7 +544,7 @@ def _flat_weights() -> property:
         return [getattr(self, n) if n in self._parameters else None for n in self._flat_weights_names]
 
     def put(self, value):  # torch hands in what it read, which is not ours to keep: copies of the module need leaves
-        self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
+        self._flat_weights = [self._parameters.get(n) for n in self._flat_weights_names]
 
     return property(get, put)
 
@@ -512,11 +592,47 @@ def swap_in(host: nn.Module, read: bool, seen: tuple[str, ...]) -> Stack:
     stack = host._modules.get(CHILD)
     if stack is None:
         stack = Stack(read)
-        stack.__dict__["training"] = host.training
+        stack.training = host.training
         host._modules[CHILD] = stack
-    stack.__dict__["read"] = stack.read or read
+    stack.read = stack.read or read
     host.__class__ = adapted_class(cls, tuple(sorted({*seen_of(host), *(seen if stack.read else ())})))
     return stack
+
+
+def install(name: str, pairs: list[tuple[Site, Method]]) -> Stack:
+    """Put the methods of one adapter into the module that they share."""
+    host = pairs[0][0].host
+    read = any(s.read_only for s, _ in pairs) or (any(s.kind == "tensor" for s, _ in pairs) and not runs_whole(host))
+    stack = swap_in(host, read, seen_by(pairs))
+    if stack.read:  # an adapter of an earlier call may have been seen through the call until now
+        swap_in(host, True, seen_by([p for ps in stack.sites.values() for p in ps]))
+    stack.add(name, pairs)
+    return stack
+
+
+def runs_whole(host: nn.Module) -> bool:
+    """Whether the module's call can be run functionally with any of its tensors changed."""
+    rule, stack = layers.rule_of(host), host._modules.get(CHILD)
+    known = rule is not None and rule.call and set(host._parameters) <= {"weight", "bias"}
+    return known and layers.surrounds(host, original_class(host)) and not (stack is not None and stack.read)
+
+
+def seen_by(pairs: list[tuple[Site, Method]]) -> tuple[str, ...]:
+    """The parameters that these methods change."""
+    out = [s.param for s, m in pairs if s.param is not None and m.has_weight() and not m.in_place]
+    return (*out, *(s.bias for s, m in pairs if m.has_bias() and s.has_bias))
+
+
+def changes_bias(site: Site, method: Method) -> bool:
+    """Whether this very method does anything to the bias (an option may leave it alone)."""
+    if not (method.has_bias() and site.has_bias):
+        return False
+    b = torch.zeros(site.n_out, device="meta")
+    with torch.no_grad():
+        try:
+            return method.bias(b) is not b
+        except RuntimeError:  # a real tensor met the meta one: it was computed with
+            return True
 
 
 def swap_out(host: nn.Module) -> None:
@@ -565,25 +681,30 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def walk(model: nn.Module, duplicates: bool = False):
+def walk(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of everything below `model`, without peftlab's own modules and wrappers' path components."""
     seen: set[int] = set()
-
-    def go(m: nn.Module, path: str):
+    todo = [("", model)]
+    while todo:
+        path, m = todo.pop()
         m = bare(m)
         if id(m) in seen and not duplicates:
-            return
+            continue
         seen.add(id(m))
         yield path, m
-        for name, child in m._modules.items():
-            if child is None or isinstance(child, Stack) or name == SHARED:
-                continue
-            yield from go(child, f"{path}.{name}" if path else name)
-
-    yield from go(model, "")
+        if m._modules:
+            prefix = f"{path}." if path else ""
+            todo += [(prefix + n, c) for n, c in reversed(m._modules.items()) if c is not None and n != SHARED and type(c) is not Stack]
 
 
 SHARED = "peftlab_shared"  # child of the model's root that holds what all sites of an adapter share
+
+
+class Shared(nn.Module):
+    """The holder of shared modules at `<root>.peftlab_shared`."""
+
+    def forward(self, x, *args, **kwargs):
+        return x  # for roots that call all their children in turn, as nn.Sequential does
 
 
 def refresh_alias_free(root: nn.Module) -> None:

@@ -266,5 +266,7 @@ def features(m: nn.Module, rule: Rule, raw: Tensor | None) -> tuple[int, int]:
     """(n_out, n_in) without touching values."""
     if rule is OPAQUE:
         return m.out_features, m.in_features
+    if rule is LINEAR:
+        return tuple(raw.shape)
     with torch.device("meta"):
         return tuple(rule.matrix(m, torch.empty(raw.shape)).shape)

@@ -87,18 +87,12 @@ def show(pattern: Pattern) -> str:
 
 
 def nearest(wanted: str, there: Iterable[str], n: int = 3) -> list[str]:
-    """The n names most like the wanted one, compared by their last components too."""
-    there = list(dict.fromkeys(there))
+    """The n names most like the wanted one, one for each last component."""
     depth = wanted.count(".") + 1
-    score = {}
+    kinds: dict[str, str] = {}
     for name in there:
-        tail = ".".join(name.split(".")[-depth:])
-        score[name] = max(difflib.SequenceMatcher(None, wanted, s, autojunk=False).quick_ratio() for s in {name, tail})
-    short = sorted(there, key=lambda s: -score[s])[:50]
-    best: dict[str, str] = {}
-    for name in sorted(short, key=lambda s: -_ratio(wanted, s, depth)):
-        best.setdefault(name.rsplit(".", 1)[-1], name)
-    return list(best.values())[:n]
+        kinds.setdefault(name.rsplit(".", 1)[-1] if depth == 1 else ".".join(name.split(".")[-depth:]), name)
+    return sorted(kinds.values(), key=lambda s: -_ratio(wanted, s, depth))[:n]
 
 
 def _ratio(wanted: str, name: str, depth: int) -> float:

@@ -23,7 +23,8 @@ class Row:
     """One method at one site, or one module that the sites of an adapter share (`mode` is "shared").
 
     `used` says whether the last backward reached it: None while no adapter of the model holds a gradient. `grad_norm` is the
-    2-norm over its tensors' `.grad`, None without any and for FSDP2's shards. `parameters` counts entries, `trainable` is True where any requires grad.
+    2-norm over its tensors' `.grad`, None without any and for FSDP2's shards. `parameters` counts entries, `trainable` is True
+    where any of its tensors requires grad.
     """
 
     path: str

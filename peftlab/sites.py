@@ -14,6 +14,8 @@ from . import layers
 from .host import SHARED, Adapted, Site, Stack, original_class, walk
 from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
+from .registry import names as registered
+from .registry import resolve
 
 
 @dataclass
@@ -25,20 +27,22 @@ class Model:
     modules: dict[int, nn.Module] = field(default_factory=dict)
     parents: dict[int, list[nn.Module]] = field(default_factory=dict)
     owners: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)  # storage -> (module, parameter)
+    at: dict[str, nn.Module] = field(default_factory=dict)  # path -> module
 
     @classmethod
     def of(cls, root: nn.Module) -> Model:
         self = cls(root)
-        by_path: dict[str, nn.Module] = {}
         for path, m in walk(root, duplicates=True):
-            by_path[path] = m
+            self.at[path] = m
             known = id(m) in self.paths
             self.paths.setdefault(id(m), []).append(path)
             self.modules[id(m)] = m
             if path:
-                self.parents.setdefault(id(m), []).append(by_path[path.rpartition(".")[0]])
+                self.parents.setdefault(id(m), []).append(self.at[path.rpartition(".")[0]])
             if not known:
                 for name, p in m._parameters.items():
+                    if isinstance(p, nn.parameter.UninitializedParameter):
+                        raise ValueError(f"{path!r} is a {type(m).__name__} whose shape is not known yet: run one batch through the model first")
                     if p is not None:
                         self.owners.setdefault(storage(p), []).append((m, name))
         return self
@@ -294,7 +298,10 @@ def select(model: Model, cls: type[Method], label: str, targets, exclude, chosen
     if targets is None:
         found = [s for s in default_targets(model, there, cls) if cls.fits(s)]
         if not found:
-            raise PatternError(f"{label} finds nothing to sit at by default in this {type(model.root).__name__}; say targets=...")
+            raise PatternError(
+                f"{label} finds nothing to sit at by default in this {type(model.root).__name__}; say targets=..."
+                + _alternatives(model, list(model.modules.values()))
+            )
         counts["(default)"] = len(found)
     else:
         found = _matched(model, cls, label, there, as_list(targets), counts)
@@ -368,33 +375,52 @@ def _explain(model: Model, cls, label: str, there: list[Site], problems: list, c
     for pattern, hits in problems:
         if hits:
             kinds = sorted({type(s.host).__name__ for s in hits})
-            lines.append(f"{show(pattern)} only meets {', '.join(kinds)} ({hits[0].path!r} and so on), which {label} does not fit.")
+            lines.append(
+                f"{show(pattern)} only meets {', '.join(kinds)} ({hits[0].path!r} and so on), which {label} does not fit."
+                + _alternatives(model, [s.host for s in hits])
+            )
             continue
-        inside = [p for ps in model.paths.values() for p in ps if p and matches(pattern, p, model.modules[id(model.root)])]
+        inside = [p for p, m in model.at.items() if p and matches(pattern, p, m)]
         if inside:
             below = [n for n in fitting if n.startswith(inside[0] + ".")]
             hint = f" Below it there are {len(below)} that {label} fits, such as {below[0]!r}: use a glob." if below else did_you_mean(str(pattern), fitting)
-            lines.append(f"{show(pattern)} is a {type(_at(model, inside[0])).__name__}, which {label} does not fit.{hint}")
+            lines.append(
+                f"{show(pattern)} is a {original_class(model.at[inside[0]]).__name__}, which {label} does not fit.{hint}"
+                + _alternatives(model, [model.at[p] for p in inside])
+            )
         else:
             lines.append(f"{show(pattern)} matches nothing.{did_you_mean(str(pattern), fitting)}")
     rest = {k: v for k, v in counts.items() if v}
     return " ".join(lines) + (f" The other patterns matched: {rest}." if rest else "")
 
 
-def _at(model: Model, path: str) -> nn.Module:
-    return next(model.modules[k] for k, ps in model.paths.items() if path in ps)
+def fitting_methods(model: Model, hosts: list[nn.Module]) -> list[str]:
+    """The registry's methods that can sit at one of these modules."""
+    there = {on: [] for on in ("matrix", "tensor", "module")}
+    found = []
+    for name in registered():
+        cls = resolve(name)[0]
+        there[cls.on] = there[cls.on] or list(candidates(model, cls, {}, {}, []))
+        if any(s.host in hosts and cls.fits(s) for s in there[cls.on]):
+            found.append(name)
+    return found
 
 
-def _under(pattern, site: Site) -> bool:
+def _alternatives(model: Model, hosts: list[nn.Module]) -> str:
+    names = fitting_methods(model, hosts)
+    return f" Methods that fit there: {', '.join(names)}." if names else ""
+
+
+def _under(pattern, site: Site, model: Model) -> bool:
     """Whether a pattern means this site or anything it lies in."""
-    return any(matches(pattern, a, site.host) for n in site.names for a in _ancestors(n) if a)
+    return any(matches(pattern, a, model.at.get(a, site.host)) for n in site.names for a in _ancestors(n) if a)
 
 
 def _without(model: Model, found: list[Site], there: list[Site], patterns: list) -> list[Site]:
     for pattern in patterns:
-        if not any(_under(pattern, s) for s in there):
+        if not any(_under(pattern, s, model) for s in there) and not any(matches(pattern, p, m) for p, m in model.at.items() if p):
             raise PatternError(f"exclude: {show(pattern)} matches nothing.{did_you_mean(str(pattern), [s.path for s in there])}")
-        found = [s for s in found if not _under(pattern, s)]
+        found = [s for s in found if not _under(pattern, s, model)]
     return found
 
 
@@ -483,7 +509,7 @@ def _is_layer(m: nn.Module) -> bool:
 # ---------------------------------------------------------------- per-site settings, ties
 
 
-def settings(sites: list[Site], hyper: dict, overrides: Mapping | None, check) -> list[dict]:
+def settings(model: Model, sites: list[Site], hyper: dict, overrides: Mapping | None, check) -> list[dict]:
     """The hyper-parameters of each site: the common ones, changed by the most specific override that matches."""
     given = list(_mapping("overrides", overrides).items())
     used = Counter()
@@ -493,18 +519,18 @@ def settings(sites: list[Site], hyper: dict, overrides: Mapping | None, check) -
         check(dict(changes), f" (in overrides, {show(pattern)})")
     out = []
     for s in sites:
-        mine = dict(hyper)
-        owner: dict[str, tuple[int, object]] = {}
+        wishes: dict[str, list[tuple[int, object, object]]] = {}
         for pattern, changes in given:
-            if not _under(pattern, s):
-                continue
-            used[show(pattern)] += 1
-            level = specificity(pattern)
-            for k, v in changes.items():
-                if k in owner and owner[k][0] == level and mine[k] != v:
-                    raise PatternError(f"overrides: {show(owner[k][1])} and {show(pattern)} both set {k} at {s.path!r} and neither is more specific")
-                if k not in owner or level > owner[k][0]:
-                    owner[k], mine[k] = (level, pattern), v
+            if _under(pattern, s, model):
+                used[show(pattern)] += 1
+                for k, v in changes.items():
+                    wishes.setdefault(k, []).append((specificity(pattern), pattern, v))
+        mine = dict(hyper)
+        for k, found in wishes.items():
+            best = [w for w in found if w[0] == max(level for level, _, _ in found)]
+            if any(w[2] != best[0][2] for w in best):
+                raise PatternError(f"overrides: {show(best[0][1])} and {show(best[1][1])} both set {k} at {s.path!r} and neither is more specific")
+            mine[k] = best[0][2]
         out.append(mine)
     for pattern, _ in given:
         if not used[show(pattern)]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import SHARED, STASH, Stack, bare, effective, pristine, refresh_alias_free, stacks, swap_out, walk
+from .host import SHARED, STASH, Stack, bare, changes_bias, effective, paused_gc, pristine, refresh_alias_free, stacks, swap_out, walk
 from .sites import ensure_module, join
 from .table import table
 from .wrap import LEDGER, Ledger, adapter_modules, ledgers, outside_disabled, which
@@ -19,6 +19,7 @@ from .wrap import LEDGER, Ledger, adapter_modules, ledgers, outside_disabled, wh
 # ---------------------------------------------------------------- switching
 
 
+@paused_gc()
 def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
     """Let exactly these adapters act (None or an empty list: none). Changes no `requires_grad` and no training mode.
 
@@ -31,10 +32,12 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
         gone = [n for n in s.lossy if n not in chosen]
         if gone:
             raise ValueError(f"{gone[0]!r} was merged into {path!r} with keep=False and acts for good")
-        _check_order(path, s, [n for n in s.merged if n in chosen], [n for n in s.order if n in chosen])
+        if s.merged:
+            _check_order(path, s, [n for n in s.merged if n in chosen], chosen)
     for _, host, s in found:
-        _unmerge(host, s, [n for n in s.merged if n not in chosen])
-        s.set_active(tuple(n for n in s.order if n in chosen))
+        if s.merged:
+            _unmerge(host, s, [n for n in s.merged if n not in chosen])
+        s.set_active(chosen)
 
 
 def active(model: nn.Module) -> list[str]:
@@ -71,15 +74,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     lossy = [path for path, _, s in found if s.lossy]
     if lossy:
         raise ValueError(f"{lossy[0]!r} was merged with keep=False: the base bits are gone")
-    swapped = [(host._parameters[p], s._buffers[STASH + p]) for _, host, s in found for p in _stashed(s)]
-    swapped += list(_changed_buffers(model))
+    swapped = [(_owners(host, s, p), s._buffers[STASH + p]) for _, host, s in found for p in _stashed(s)]
+    swapped += [([b], old) for b, old in _changed_buffers(model)]
 
     def turn(silent: bool) -> None:
         for _, _, s in found:
-            s.__dict__["silent"] = silent
+            s.silent = silent
             s.refresh()
         for there, kept in swapped:
-            there.data, kept.data = kept.data, there.data
+            now = there[0].data
+            for t in there:
+                t.data = kept.data.view(t.shape)
+            kept.data = now
 
     turn(True)
     try:
@@ -143,6 +149,7 @@ def _check_order(path: str, stack: Stack, merged: Iterable[str], acting: Iterabl
             raise ValueError(f"at {path!r}, {n!r} lies above {open_below[-1]!r} and the two do not commute: merge {[*open_below, n]} together")
 
 
+@paused_gc()
 def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: bool = True, unload: bool = False) -> MergeReport:
     """Fold active adapters into the frozen tensors (all active weight methods by default).
 
@@ -194,7 +201,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
             after = _kept(s, new)
             for param, value in _merged_tensors(path, host, s, after):
                 rows.append((path, param, _store(host, s, param, value)))
-            s.__dict__["merged"] = tuple(n for n in s.order if n in {*s.merged, *new})
+            s.merged = tuple(n for n in s.order if n in {*s.merged, *new})
             s.refresh()
         _refuse_nothing(rows, todo)
     except BaseException:
@@ -205,7 +212,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
         for _, _, s, _ in todo:
             for p in _stashed(s):
                 del s._buffers[STASH + p]
-            s.__dict__["lossy"] = s.merged
+            s.lossy = s.merged
     kept_bytes = sum(s._buffers[STASH + p].numel() * s._buffers[STASH + p].element_size() for _, _, s, _ in todo for p in _stashed(s))
     if unload:
         for _, _, s, _ in todo:
@@ -247,7 +254,7 @@ def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) 
     """(parameter, value in its own dtype) with these adapters folded in; one tensor at a time."""
     links = tuple(p for n in names for p in stack.sites[n] if p[1].defined() and not p[1].in_place)
     params = dict.fromkeys(s.param for s, m in links if m.has_weight())
-    params |= dict.fromkeys(s.bias for s, m in links if m.has_bias() and s.has_bias)
+    params |= dict.fromkeys(s.bias for s, m in links if changes_bias(s, m))
     for param in params:
         raw = pristine(host, param)
         with torch.no_grad():
@@ -263,22 +270,41 @@ def _store(host: nn.Module, stack: Stack, param: str, value: Tensor) -> float:
     if STASH + param not in stack._buffers:
         stack.register_buffer(STASH + param, raw.detach(), persistent=False)
     fresh = value.contiguous() if value.data_ptr() != raw.data_ptr() else value.clone()
-    raw.data = fresh
+    _rebind(host, stack, param, fresh)
     return delta
+
+
+def _rebind(host: nn.Module, stack: Stack, param: str, value: Tensor) -> None:
+    """Put other memory behind a parameter and those that share its storage, and let a backward that needs the old values notice."""
+    for p in _owners(host, stack, param):
+        p.data = value.view(p.shape)
+        if p.ndim:
+            with torch.no_grad():
+                p.narrow(0, 0, 0).zero_()  # writes nothing and counts as a write
+
+
+def _owners(host: nn.Module, stack: Stack, param: str) -> list[nn.Parameter]:
+    """The parameter, and those tied to it by storage alone that follow it."""
+    raw = host._parameters[param]
+    if param in stack.untied:
+        return [raw]
+    tied = [o for pairs in stack.sites.values() for s, _ in pairs if s.param == param for o in s.tied]
+    return list({id(p): p for p in [raw, *(h._parameters[n] for h, n in tied)]}.values())
 
 
 def _restore(host: nn.Module, stack: Stack, merged: tuple, kept: dict[str, Tensor], rebound: dict) -> None:
     for param in _stashed(stack):
         if param not in kept:
-            host._parameters[param].data = stack._buffers.pop(STASH + param)
+            _rebind(host, stack, param, stack._buffers.pop(STASH + param))
     for param, p in rebound.items():
         host._parameters[param] = p
-    stack.__dict__["merged"] = merged
+    stack.merged = merged
     for path, value in _merged_tensors("", host, stack, _kept(stack, [])):
-        host._parameters[path].data = value
+        _rebind(host, stack, path, value)
     stack.refresh()
 
 
+@paused_gc()
 def unmerge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
     """Take merged adapters out of the tensors again; the frozen bits come back exactly."""
     chosen = which(ensure_module(model), names)
@@ -299,14 +325,14 @@ def _unmerge(host: nn.Module, stack: Stack, names: Iterable[str]) -> None:
     """The checked part of `unmerge` on one host."""
     if not any(n in stack.merged for n in names):
         return
-    stack.__dict__["merged"] = tuple(n for n in stack.merged if n not in names)
+    stack.merged = tuple(n for n in stack.merged if n not in names)
     left = dict(_merged_tensors("", host, stack, _kept(stack, [])))
     for param in _stashed(stack):
         kept = stack._buffers[STASH + param]
         if param in left:
-            host._parameters[param].data = left[param] if left[param].data_ptr() != kept.data_ptr() else left[param].clone()
+            _rebind(host, stack, param, left[param] if left[param].data_ptr() != kept.data_ptr() else left[param].clone())
         else:
-            host._parameters[param].data = stack._buffers.pop(STASH + param)
+            _rebind(host, stack, param, stack._buffers.pop(STASH + param))
             _retie(host, stack, param)
     stack.refresh()
 
@@ -321,6 +347,7 @@ def _retie(host: nn.Module, stack: Stack, param: str) -> None:
 # ---------------------------------------------------------------- taking off
 
 
+@paused_gc()
 def unwrap(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
     """Take adapters off (all by default). Without any left, objects, classes, flags, buffers and bits are those before `wrap`."""
     outside_disabled(ensure_module(model))
@@ -351,7 +378,7 @@ def _take_off(model: nn.Module, chosen: list[str], restore: bool) -> None:
                 holder._modules.pop(n, None)
             if not holder._modules:
                 del m._modules[SHARED]
-    for _, m, ledger in ledgers(root):
+    for _, m, ledger in reversed(ledgers(root)):  # the innermost remembers the latest state
         for n in chosen:
             ledger.targets.pop(n, None)
         if not ledger.targets:

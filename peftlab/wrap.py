@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import host as hosts
-from .calibrate import calibrate
-from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, saved_tensors, stacks, walk
+from .calibrate import calibrate, observable
+from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
 from .layers import NeedsWeight
 from .method import Method
 from .patterns import did_you_mean
@@ -64,6 +64,8 @@ class Ledger:
         version, before = self.marks[key]
         if t._version == version:
             return False
+        if not isinstance(t, nn.Parameter):  # a large buffer may change where no sample is taken
+            return True
         now = samples(t)
         return now.shape != before.shape or (now.dtype == before.dtype and not torch.equal(now, before.to(now.device)))
 
@@ -147,11 +149,16 @@ class _Request:
     tie: str | None
     asked: dict
 
-    def recipes(self, device: str) -> list[Recipe]:
+    def recipes(self, device: str) -> Iterator[Recipe]:
         """One recipe a distinct setting, shared by its sites; the shared module is built once."""
         common = self.common(device)
+        later = functools.partial(self.common, "cpu") if common is not None and device == "meta" else None
         made: dict[str, Recipe] = {}
-        return [made.setdefault(repr(sorted(h.items(), key=str)), Recipe(self.cls, self.label, h, self.name, self.seed, common)) for h in self.hypers]
+        for h in self.hypers:
+            key = repr(sorted(h.items(), key=str))
+            if key not in made:
+                made[key] = Recipe(self.cls, self.label, h, self.name, self.seed, common, later)
+            yield made[key]
 
     def common(self, device: str) -> nn.Module | None:
         """What the sites share, or None for most methods."""
@@ -191,7 +198,7 @@ def _request(model, method, *, targets, exclude, layers, of, name, overrides, se
     sites, counts = select(view, cls, label, targets, exclude, layers, of, split, layout, read)
     if cls.on != "module":
         sites = resolve_ties(view, sites, tie, label)
-    hypers = settings(sites, hyper, overrides, lambda h, where: check_keywords(cls, h, where))
+    hypers = settings(view, sites, hyper, overrides, lambda h, where: check_keywords(cls, h, where))
     asked = {"targets": _plain(targets), "exclude": _plain(exclude), "layers": _plain(layers), "of": of}
     return _Request(view, cls, label, name, sites, counts, hypers, seed, dtype, tie, asked)
 
@@ -231,14 +238,18 @@ def outside_disabled(model: nn.Module) -> None:
 
 def names(model: nn.Module) -> list[str]:
     """The adapters of a model, in stacking order."""
-    found: dict[str, None] = {}
-    for _, _, ledger in ledgers(model):
-        found |= dict.fromkeys(ledger.targets)
-    for _, _, stack in stacks(model):
-        found |= dict.fromkeys(stack.order)
-    return list(found)
+    asked: dict[str, None] = {}
+    there: dict[str, None] = {}
+    for _, m in walk(model):
+        if LEDGER in m.__dict__:
+            asked.update(dict.fromkeys(m.__dict__[LEDGER].targets))
+        stack = m._modules.get(CHILD)
+        if stack is not None:
+            there.update(dict.fromkeys(stack.sites))
+    return list(asked | there)
 
 
+@paused_gc()
 def plan(
     model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
     overrides: Mapping | None = None, data=None, loss=None, seed: int = 0, dtype: torch.dtype | None = None, tie: str | None = None,
@@ -255,11 +266,13 @@ def plan_of(req: _Request) -> Plan:
     rows = []
     defaults = {k: p.default for k, p in keywords(req.cls).items()}
     with fenced_rng():
-        recipes = req.recipes("meta")
+        recipes = list(req.recipes("meta"))
         for site, recipe in zip(req.sites, recipes, strict=True):
             key = (id(recipe), site.rule.name, site.kind, site.n_out, site.n_in, site.shape, site.has_bias, site.dtype)
             if key not in counted:
-                counted[key] = _count(recipe.build(as_kind(site, Shape), (), "meta"), site, req.default_dtype(site))
+                method = recipe.build(as_kind(site, Shape), (), "meta")
+                check_method(method, site, req.label)
+                counted[key] = _count(method, site, req.default_dtype(site))
             n, size = counted[key]
             shape = site.shape if site.kind == "tensor" else (site.n_out, site.n_in)
             rows.append(
@@ -282,6 +295,7 @@ def _count(method: Method, site: Site, dtype: torch.dtype) -> tuple[int, int]:
     return sum(p.numel() for p in method.parameters()), size
 
 
+@paused_gc()
 def wrap(
     model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
     overrides: Mapping | None = None, data: Iterable | None = None, loss: Callable | None = None, seed: int = 0, dtype: torch.dtype | None = None,
@@ -323,7 +337,7 @@ def wrap(
 def build(req: _Request) -> list[Method]:
     """The methods of a request with their start values; the model is not touched."""
     out = []
-    recipes = req.recipes("meta" if all(s.device.type == "meta" for s in req.sites) else "cpu")
+    recipes = list(req.recipes("meta" if all(s.device.type == "meta" for s in req.sites) else "cpu"))
     for site, recipe in zip(req.sites, recipes, strict=True):
         stack = site.host._modules.get(CHILD)
         meta = site.device.type == "meta"
@@ -331,11 +345,19 @@ def build(req: _Request) -> list[Method]:
             method = recipe.build(site, stack.links.weights if stack else (), "meta" if meta else "cpu")
         except NeedsWeight as e:
             raise ValueError(f"{req.label} needs the weight's values at {site.path!r}: {e}") from None
-        if site.rule.name == "opaque" and not method.opaque:
-            raise ValueError(f"{req.label} needs the weight of {site.path!r}, a {type(site.host).__name__} that only offers a call")
+        check_method(method, site, req.label)
         finish(method, site, req.default_dtype(site))
         out.append(method)
     return out
+
+
+def check_method(method: Method, site: Site, label: str) -> None:
+    """What a built method needs of its site beyond shapes."""
+    layer = hosts.original_class(site.host).__name__
+    if site.rule.name == "opaque" and not method.opaque:
+        raise ValueError(f"{label} needs the weight of {site.path!r}, a {layer} that only offers a call")
+    if method.needs_data == "inputs" and not observable(site):
+        raise ValueError(f"{label} starts from the inputs of {site.path!r}, which a {layer} does not show; exclude it or choose another start")
 
 
 def finish(method: Method, site: Site, dtype: torch.dtype) -> None:
@@ -370,14 +392,8 @@ def attach(model: nn.Module, req: _Request, methods: list[Method]) -> None:
     for site, method in zip(req.sites, methods, strict=True):
         by_host.setdefault(id(site.host), []).append((site, method))
     for pairs in by_host.values():
-        host = pairs[0][0].host
-        read = any(s.read_only for s, _ in pairs) or (any(s.kind == "tensor" for s, _ in pairs) and not _callable_whole(host))
-        stack = hosts.swap_in(host, read, tuple(seen_by(pairs)))
-        if stack.read:  # an adapter of an earlier call may have been seen through the call until now
-            earlier = [p for ps in stack.sites.values() for p in ps]
-            hosts.swap_in(host, True, tuple(seen_by(earlier)))
-        stack.add(req.name, pairs)
-        if any(t.is_meta for _, m in pairs for t in m.state_dict().values()):
+        stack = hosts.install(req.name, pairs)
+        if any(t.is_meta for _, m in pairs for t in [*m.parameters(), *m.buffers()]):
             stack.unready.add(req.name)
         for site, method in pairs:
             if method.in_place:
@@ -396,31 +412,9 @@ def share(model: nn.Module, name: str, common: nn.Module, device: torch.device) 
     """Keep an adapter's shared module once, at the root."""
     holder = model._modules.get(SHARED)
     if holder is None:
-        holder = model._modules[SHARED] = nn.Module()
+        holder = model._modules[SHARED] = hosts.Shared()
+        holder.training = model.training
     holder._modules[name] = common.to(device)
-
-
-def _callable_whole(host: nn.Module) -> bool:
-    """Whether the host's call can be run functionally with changed tensors."""
-    from . import layers
-
-    rule = layers.rule_of(host)
-    stack = host._modules.get(CHILD)
-    covered = set(host._parameters) <= {"weight", "bias"}
-    return bool(rule and rule.call and covered and layers.surrounds(host, hosts.original_class(host)) and not (stack and stack.read)) and not isinstance(
-        rule, layers.Embedding
-    )
-
-
-def seen_by(pairs: Iterable[tuple[Site, Method]]) -> list[str]:
-    """The parameters that these methods change."""
-    out = []
-    for s, m in pairs:
-        if s.param is not None and m.has_weight() and not m.in_place:
-            out.append(s.param)
-        if s.bias is not None and m.has_bias() and s.host._parameters.get(s.bias) is not None:
-            out.append(s.bias)
-    return out
 
 
 def _follow(site: Site) -> None:
@@ -443,6 +437,7 @@ def adapter_modules(model: nn.Module, wanted: Iterable[str] | None = None) -> li
     """(adapter, path, site, module) of every method and shared module; paths are those of the saved tensors."""
     out = []
     for path, _, stack in stacks(model):
+        stack.current()  # start values that are still to come are made now
         for name, pairs in stack.sites.items():
             if wanted is None or name in wanted:
                 out += [(name, join(path, CHILD, name, s.key), s, m) for s, m in pairs]

@@ -231,7 +231,7 @@ def row(fits: frozenset[str], **hyper) -> Row:
 
 # An alias without a row of its own has its method's.
 ROWS = {
-    "adalora": row(MATRICES, r=1, init_r=2),
+    "adalora": row(MATRICES, r=2, init_r=2),
     "bitfit": row(WHOLE - NO_BIAS - TABLES - {"experts_eio", "experts_eoi"}),
     "dora": row(MATRICES - {"opaque"}, r=2),
     "eva": row(SHOWN, r=2),

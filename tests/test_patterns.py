@@ -136,15 +136,21 @@ def test_strings(pattern, count):
     assert paths(LM(), targets=pattern) == expected(pattern)
 
 
-@pytest.mark.parametrize("pattern", ["proj", "q_pro", "elf_attn.q_proj", "attn.q_proj", "q_proj.", ".q_proj", "Q_PROJ", "*.Q_proj", "q_proj*", "layers.4.*", "", "0.q_proj"])
+NOT_HERE = ["proj", "q_pro", "elf_attn.q_proj", "attn.q_proj", "q_proj.", ".q_proj", "Q_PROJ", "*.Q_proj", "q_proj*", "layers.4.*", "", "0.q_proj"]
+
+
+@pytest.mark.parametrize("pattern", NOT_HERE)
 def test_a_plain_name_is_whole_components_and_a_glob_the_whole_path(pattern):
     assert not expected(pattern)
     with pytest.raises(PatternError):
         paths(LM(), targets=pattern)
 
 
+PIECES = ["*", "?", ".", "model", "layers", "0", "2", "self_attn", "mlp", "q", "_proj", "{q,v}", "{up,down}", "[qk]", "[!v]", "[13]", "lm_head"]
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["*", "?", ".", "model", "layers", "0", "2", "self_attn", "mlp", "q", "_proj", "{q,v}", "{up,down}", "[qk]", "[!v]", "[13]", "lm_head"]), min_size=1, max_size=6))
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=6))
 def test_any_string_means_what_the_naive_matcher_says(pieces):
     pattern = "".join(pieces)
     want = expected(pattern)
@@ -248,7 +254,14 @@ def test_a_plain_name_that_only_meets_what_does_not_fit_raises(method, target, k
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("q_porj", "q_proj"), ("query_proj", "q_proj"), ("lmhead", "lm_head"), ("embed_token", "embed_tokens"), ("mlp.upproj", "mlp.up_proj"), ("model.layer.0.mlp.up_proj", "model.layers.0.mlp.up_proj")],
+    [
+        ("q_porj", "q_proj"),
+        ("query_proj", "q_proj"),
+        ("lmhead", "lm_head"),
+        ("embed_token", "embed_tokens"),
+        ("mlp.upproj", "mlp.up_proj"),
+        ("model.layer.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+    ],
 )
 def test_the_nearest_right_name_is_said(wrong, right):
     with pytest.raises(PatternError, match="matches nothing") as e:
@@ -263,12 +276,25 @@ def test_every_pattern_must_match_and_the_others_counts_are_said():
     with pytest.raises(PatternError) as e:
         paths(LM(), targets=["q_proj", "v_porj", "*.mlp.*", "gone"])
     text = str(e.value)
-    assert "'v_porj' matches nothing" in text and "'gone' matches nothing" in text
-    assert re.search(rf"'?q_proj'?\W+{LAYERS}\b", text) and re.search(rf"mlp\.\*'?\W+{2 * LAYERS}\b", text)
+    assert "'v_porj' matches nothing" in text
+    assert "'gone' matches nothing" in text
+    assert re.search(rf"'?q_proj'?\W+{LAYERS}\b", text)
+    assert re.search(rf"mlp\.\*'?\W+{2 * LAYERS}\b", text)
 
 
-@pytest.mark.parametrize("kw", [dict(exclude="gone"), dict(exclude=["lm_head", "k_porj"]), dict(overrides={"gone": dict(r=2)}), dict(overrides={"*.k_proj": dict(r=2)}, targets="q_proj"),
-                                dict(split={"gone": {"q": 1}}), dict(layout={"gone": "oi"}), dict(read="gone"), dict(layers=[0], of="gone")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(exclude="gone"),
+        dict(exclude=["lm_head", "k_porj"]),
+        dict(overrides={"gone": dict(r=2)}),
+        dict(overrides={"*.k_proj": dict(r=2)}, targets="q_proj"),
+        dict(split={"gone": {"q": 1}}),
+        dict(layout={"gone": "oi"}),
+        dict(read="gone"),
+        dict(layers=[0], of="gone"),
+    ],
+)
 def test_every_other_pattern_must_match_too(kw):
     with pytest.raises(PatternError, match="match"):
         paths(LM(), **{"targets": "*", **kw})
@@ -279,7 +305,8 @@ def test_counts_are_per_pattern_and_uneven_ones_visible():
     model.model.layers[2].self_attn.v_proj = nn.Identity()
     plan = peftlab.plan(model, "lora", r=1, targets=["q_proj", "v_proj", re.compile(r".*\.o_proj")])
     assert list(plan.counts.values()) == [LAYERS, LAYERS - 1, LAYERS]
-    assert plan.counts["q_proj"] == LAYERS and plan.counts["v_proj"] == LAYERS - 1
+    assert plan.counts["q_proj"] == LAYERS
+    assert plan.counts["v_proj"] == LAYERS - 1
     for word in ("q_proj", "v_proj", str(LAYERS), str(LAYERS - 1)):
         assert word in repr(plan)
 
@@ -292,7 +319,8 @@ def test_exclude_takes_away_a_layer_or_everything_below():
     assert paths(LM(), exclude="mlp") == [p for p in all_of if ".mlp." not in p]
     assert paths(LM(), exclude=["q_proj", "*.mlp.up_proj"]) == [p for p in all_of if not p.endswith(("q_proj", "up_proj"))]
     assert paths(LM(), exclude="model.layers.0") == [p for p in all_of if ".0." not in p]
-    assert paths(LM(), targets="*", exclude=re.compile(r"model\.layers\.[012]")) == ["model.embed_tokens", *(p for p in LINEARS if p == "lm_head" or ".3." in p)]
+    last = ["model.embed_tokens", *(p for p in LINEARS if p == "lm_head" or ".3." in p)]
+    assert paths(LM(), targets="*", exclude=re.compile(r"model\.layers\.[012]")) == last
     assert paths(LM(), exclude="lm_head") == all_of  # left out already, but it is there
 
 
@@ -340,7 +368,9 @@ def test_overrides_of_different_options_add_up():
 def test_a_tie_raises_unless_both_say_the_same():
     with pytest.raises(PatternError, match="neither is more specific") as e:
         ranks(overrides={"*.0.*_proj": dict(r=2), "*.*.v_proj": dict(r=3), "*.1.*_proj": dict(r=2)})
-    assert "*.0.*_proj" in str(e.value) and "*.*.v_proj" in str(e.value) and "model.layers.0.self_attn.v_proj" in str(e.value)
+    assert "*.0.*_proj" in str(e.value)
+    assert "*.*.v_proj" in str(e.value)
+    assert "model.layers.0.self_attn.v_proj" in str(e.value)
     same = ranks(overrides={"*.0.*_proj": dict(r=2), "*.*.v_proj": dict(r=2)})
     assert same == {p: 2 if p.endswith("v_proj") or ".0." in p else 1 for p in same}
     with pytest.raises(PatternError, match="neither is more specific"):
@@ -358,7 +388,8 @@ def test_a_tie_below_the_winner_does_not_matter_in_any_order():
 def test_an_impossible_override_names_itself(changes):
     with pytest.raises((TypeError, ValueError)) as e:
         ranks(overrides={"v_proj": changes})
-    assert ("v_proj" in str(e.value)) and (("rank" in str(e.value) and "'r'" in str(e.value)) or "r=" in str(e.value))
+    assert ("v_proj" in str(e.value))
+    assert (("rank" in str(e.value) and "'r'" in str(e.value)) or "r=" in str(e.value))
 
 
 # ---------------------------------------------------------------- layers
@@ -379,7 +410,8 @@ def test_layers_with_negative_and_root_level_indices():
 def test_layers_are_blocks_and_not_experts():
     found = paths(MoE(), layers=[0, -1], of="model.layers", targets="*")
     want = [p for p, m in MoE().named_modules() if isinstance(m, nn.Linear) and p.startswith(("model.layers.0.", "model.layers.2."))]
-    assert found == want and len(found) == 2 * (1 + 4 * 2)
+    assert found == want
+    assert len(found) == 2 * (1 + 4 * 2)
     assert paths(MoE(), layers=[0, -1], targets="*") == want
     assert paths(MoE(), layers=[3], of="model.layers.1.experts", targets="*") == ["model.layers.1.experts.3.w1", "model.layers.1.experts.3.w2"]
 
@@ -387,7 +419,9 @@ def test_layers_are_blocks_and_not_experts():
 def test_layers_of_an_ambiguous_model_must_say_which():
     with pytest.raises(PatternError) as e:
         paths(EncoderDecoder(), layers=[0])
-    assert "'encoder'" in str(e.value) and "'decoder'" in str(e.value) and "of=" in str(e.value)
+    assert "'encoder'" in str(e.value)
+    assert "'decoder'" in str(e.value)
+    assert "of=" in str(e.value)
     assert paths(EncoderDecoder(), layers=[2], of="decoder", targets="q_proj") == ["decoder.2.self_attn.q_proj"]
     with pytest.raises(PatternError, match="encoder"):
         paths(EncoderDecoder(), layers=[0], of="encoders")
@@ -399,8 +433,9 @@ def test_layers_of_an_ambiguous_model_must_say_which():
 def test_a_layer_that_is_not_there_raises(layers):
     with pytest.raises((ValueError, TypeError)) as e:
         paths(LM(), layers=layers)
-    if layers:
-        assert "model.layers" in str(e.value) and "4" in str(e.value)
+    if layers and layers != "0":  # a text is no list of indices at all
+        assert "model.layers" in str(e.value)
+        assert "4" in str(e.value)
 
 
 def test_of_without_layers_raises():
@@ -428,7 +463,8 @@ def test_a_pattern_may_name_a_parameter():
     assert paths(model, targets="in_proj_weight") == ["attn.in_proj_weight"]
     assert paths(model, targets="attn.q_proj") == ["attn.q_proj"]
     plain = paths(model, targets="*")
-    assert "attn.in_proj_weight" not in plain and "attn.q_proj" in plain  # raw parameters are meant only by a pattern that spells them
+    assert "attn.in_proj_weight" not in plain
+    assert "attn.q_proj" in plain
     assert peftlab.plan(model, "full", targets="experts.*").rows[0].path == "experts.gate_up_proj"
 
 

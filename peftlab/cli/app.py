@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .errors import Broken, UserError, blamed
+
+# typer carries click inside or depends on it, as its version has it; the class of its complaints is found from one it exports.
+Complaint = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -166,9 +168,9 @@ def run(args: list[str] | None = None) -> int:
     """Parse and run a command; every foreseen fault is one line on standard error and an exit status."""
     try:
         return app(args=args, standalone_mode=False) or 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
+    except Complaint as error:
         sys.stderr.write(f"peftlab: {error.format_message()}\n")
         return 2
     except UserError as error:
@@ -177,6 +179,6 @@ def run(args: list[str] | None = None) -> int:
     except Broken as error:
         sys.stderr.write(f"peftlab: {error}\n")
         return 1
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("peftlab: interrupted\n")
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import zlib
@@ -174,10 +175,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start = torch.cuda.memory_allocated(self.device)
         elif platform.system() == "Linux":
-            try:
+            with contextlib.suppress(AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)  # pages that earlier work freed must not hide what this work needs
-            except AttributeError:
-                pass
             try:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 FORMAT = 1
@@ -24,37 +24,68 @@ class LoadError(ValueError):
     """A file that cannot be used as it is, or not with this model."""
 
 
-def checksum(t: Tensor) -> int:
-    """CRC-32 of the tensor's bytes."""
-    return zlib.crc32(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy()) if t.numel() else 0
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
 
 
-def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU copies that are contiguous and share no memory, as the format demands."""
-    out, seen = {}, set()
-    for k, t in tensors.items():
-        t = t.detach().cpu().contiguous()
-        where = t.untyped_storage().data_ptr()
-        if where in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
-            t = t.clone()
-        seen.add(t.untyped_storage().data_ptr())
-        out[k] = t
-    return out
+def raw_bytes(t: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(t.reshape(-1).view(torch.uint8).numpy())
+
+
+def checksum(t: Tensor) -> str:
+    """CRC-32 of the tensor's bytes, eight hexadecimal digits."""
+    return f"{zlib.crc32(raw_bytes(t.detach().contiguous())) if t.numel() and not t.is_meta else 0:08x}"
+
+
+def on_disk(t: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous; a tensor on meta stays there, so that sizes can be known beforehand."""
+    t = t.detach()
+    return (t if t.is_meta else t.cpu()).contiguous()
+
+
+def encode(tensors: Mapping[str, Tensor], header: dict) -> bytes:
+    """The file's head: eight bytes of length and the safetensors JSON with our header in its metadata. Same input, same bytes.
+
+    Tensors follow in the order of `layout`. Checksums and fingerprints have fixed widths, so the size follows from shapes alone.
+    """
+    facts = {k: [str(t.dtype).removeprefix("torch."), list(t.shape), checksum(t)] for k, t in tensors.items()}
+    text = json.dumps({**header, "format": FORMAT, "tensors": facts}, separators=(",", ":"))
+    listed: dict[str, object] = {"__metadata__": {"format": "pt", KEY: text, CRC: f"{zlib.crc32(text.encode()):08x}"}}
+    start = 0
+    for k in layout(tensors):
+        t = tensors[k]
+        stop = start + t.numel() * t.element_size()
+        listed[k] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, stop]}
+        start = stop
+    head = json.dumps(listed, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return struct.pack("<Q", len(head)) + head
+
+
+def layout(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide types first, so that everything stays aligned; then by name."""
+    return sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: dict) -> tuple[int, int]:
-    """Write all or nothing: a killed save leaves the earlier file as it was. Returns (file bytes, header bytes)."""
+    """Write all or nothing: a killed save leaves the earlier file as it was. Returns (file bytes, bytes that are not tensors)."""
     path = Path(path)
-    tensors = on_disk(tensors)
-    facts = {k: [str(t.dtype).removeprefix("torch."), list(t.shape), checksum(t)] for k, t in tensors.items()}
-    text = json.dumps({**header, "format": FORMAT, "tensors": facts}, separators=(",", ":"))
-    blob = to_bytes(tensors, {"format": "pt", KEY: text, CRC: str(zlib.crc32(text.encode()))})
+    tensors = {k: on_disk(t) for k, t in tensors.items()}
+    unknown = [k for k, t in tensors.items() if t.dtype not in DTYPES]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} has dtype {tensors[unknown[0]].dtype}, which the file format does not know")
+    head = encode(tensors, header)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a directory; give a file name such as {str(path / 'adapter.safetensors')!r}")
     fd, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as f:
-            f.write(blob)
+            f.write(head)
+            for k in layout(tensors):
+                f.write(raw_bytes(tensors[k]))
             f.flush()
             os.fsync(f.fileno())
         umask = os.umask(0)
@@ -65,8 +96,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: dict) 
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
-    data = sum(t.numel() * t.element_size() for t in tensors.values())
-    return len(blob), len(blob) - data
+    return len(head) + sum(t.numel() * t.element_size() for t in tensors.values()), len(head)
 
 
 def read_header(path: str | os.PathLike) -> dict:
@@ -107,7 +137,7 @@ def _header(path, f) -> dict:
     if KEY not in meta:
         raise LoadError(f"{str(path)!r} is not a peftlab file; {_looks_like(list(f.keys()))}")
     text = meta[KEY]
-    if meta.get(CRC) != str(zlib.crc32(text.encode())):
+    if meta.get(CRC) != f"{zlib.crc32(text.encode()):08x}":
         raise LoadError(f"{str(path)!r} is damaged: its header does not match its checksum")
     header = json.loads(text)
     if header["format"] > FORMAT:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from .. import host as hosts
 from .. import layers
-from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, fenced_rng, pristine, saved_tensors, stacks, walk
+from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, changes_bias, fenced_rng, paused_gc, pristine, saved_tensors, stacks, walk
 from ..method import Method
 from ..patterns import as_list, did_you_mean, matches, nearest, show
 from ..registry import entries, keywords, resolve
 from ..sites import Model, ensure_module, join, storage
 from ..switch import _changed_buffers
 from ..wrap import _Request, adapter_modules, attach, check_dtype, check_name, finish, ledgers, names, outside_disabled, samples, set_trainable, which
-from .file import LoadError, read, read_header, write
+from .file import LoadError, encode, on_disk, read, read_header, write
 
 
 @dataclass
@@ -59,24 +60,29 @@ class LoadReport:
 
 
 def fingerprint(t: Tensor, values: bool = True) -> dict:
-    """Shape, dtype and evenly spread values of a base tensor."""
+    """Shape, dtype and evenly spread values (their bytes in base64) of a base tensor; zeros for a tensor on meta."""
     out = {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-    if values and not t.is_meta and t.numel():
-        out["values"] = samples(_whole(t.detach())).double().tolist()
+    if values and t.numel():
+        found = samples(_whole(t.detach()))
+        found = torch.zeros(found.shape, dtype=t.dtype) if found.is_meta else found.cpu().contiguous()
+        out["values"] = base64.b64encode(found.view(torch.uint8).numpy().tobytes()).decode()
     return out
 
 
-def _differs(path: str, saved: dict, t: Tensor | None) -> str | None:
+def _values(saved: dict) -> list[float]:
+    data = bytearray(base64.b64decode(saved["values"]))
+    return torch.frombuffer(data, dtype=getattr(torch, saved["dtype"])).double().tolist()
+
+
+def _differs(path: str, saved: dict, t: Tensor) -> str | None:
     """How a base tensor differs from the one an adapter was trained on, or None."""
-    if t is None:
-        return f"{path!r} is missing"
     if list(t.shape) != saved["shape"]:
         return f"{path!r} has shape {tuple(t.shape)}, the adapter's base had {tuple(saved['shape'])}"
     if "values" not in saved or t.is_meta:
         return None
     kinds = {saved["dtype"], str(t.dtype).removeprefix("torch.")}
     rel = 0.0 if len(kinds) == 1 else 2**-7 if "bfloat16" in kinds else 2**-10 if "float16" in kinds else 2**-22
-    for a, b in zip(saved["values"], fingerprint(t)["values"], strict=True):
+    for a, b in zip(_values(saved), _values(fingerprint(t)), strict=True):
         if a != b and not abs(a - b) <= rel * max(abs(a), abs(b)) and not (a != a and b != b):
             return f"{path!r} holds other values ({b:.6g} where the adapter's base had {a:.6g})"
     return None
@@ -106,12 +112,22 @@ def save(model: nn.Module, path: str | os.PathLike, names: str | Iterable[str] |
     if not chosen:
         raise ValueError("this model has no adapters: there is nothing to save")
     header, tensors, owner = describe(root, chosen, as_list(include) if include is not None else [])
+    unreal = next((k for k, t in tensors.items() if t.is_meta), None)
+    if unreal is not None:
+        raise ValueError(f"{unreal!r} is on the meta device: it has no values to save")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return SaveReport(str(path), 0, 0, {}, {})  # every rank took part in gathering; one writes
     total, head = write(path, tensors, header)
     size = {k: t.numel() * t.element_size() for k, t in tensors.items()}
     by = {n: sum(size[k] for k, o in owner.items() if o == n) for n in chosen}
     return SaveReport(str(path), total, head, by, {k: size[k] for k, o in owner.items() if o is None})
+
+
+def file_bytes(model: nn.Module, names: str | Iterable[str] | None = None) -> int:
+    """The exact size of the file that `save` would write; works on meta models."""
+    root = bare(ensure_module(model))
+    header, tensors, _ = describe(root, which(root, names), [])
+    return len(encode({k: on_disk(t) for k, t in tensors.items()}, header)) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, dict[str, Tensor], dict[str, str | None]]:
@@ -123,8 +139,6 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
 
     def put(key: str, t: Tensor, name: str | None, shape=None) -> None:
         t = _whole(t)
-        if t.is_meta:
-            raise ValueError(f"{key!r} is on the meta device: it has no values to save")
         if t.numel() == 0 or (shape is not None and tuple(t.shape) != tuple(shape)):
             raise ValueError(f"{key!r} has shape {tuple(t.shape)} instead of {shape}: an empty or partial shard; gather the model before saving")
         tensors[key], owner[key] = t, name
@@ -151,7 +165,7 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
                 entry["trainable"] = entry.get("trainable", False) or trainable
                 entry["sites"].append(_site_facts(host_path, site, index, stack))
                 values = not (method.replaces or site.rule is layers.OPAQUE)
-                for param in dict.fromkeys(p for p in (site.param, site.bias if method.has_bias() and site.has_bias else None) if p):
+                for param in dict.fromkeys(p for p in (site.param, site.bias if changes_bias(site, method) else None) if p):
                     key = join(host_path, param)
                     if key not in base or (values and "values" not in base[key]):
                         base[key] = fingerprint(pristine(host, param), values)
@@ -204,23 +218,23 @@ def _site_facts(host_path: str, s: Site, settings: int, stack) -> dict:
 def _buffers(root: nn.Module) -> dict[str, Tensor]:
     """Persistent base buffers that changed since wrap."""
     changed = {id(b) for b, _ in _changed_buffers(root)}
-    found = {}
+    known, found = ledgers(root), {}
     for path, m in walk(root):
         for n, b in m._buffers.items():
             key = join(path, n)
-            if b is not None and (id(b) in changed or _moved(root, key, b)):
+            if b is not None and (id(b) in changed or _moved(known, key, b)):
                 found[key] = b
     return found
 
 
-def _moved(root: nn.Module, key: str, t: Tensor) -> bool:
-    return any(ledger.moved(key.removeprefix(f"{path}.") if path else key, t) for path, _, ledger in ledgers(root))
+def _moved(known: list, key: str, t: Tensor) -> bool:
+    return any(ledger.moved(key.removeprefix(f"{path}.") if path else key, t) for path, _, ledger in known)
 
 
 def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Tensor]:
     """Base parameters to be saved whole; one that trains or has been trained and that nobody saves raises."""
     found: dict[str, Tensor] = {}
-    hit = set()
+    known, hit = ledgers(root), set()
     every = [(join(path, n), path, n, m) for path, m in walk(root) for n, p in m._parameters.items() if p is not None]
     for key, path, n, m in every:
         p = m._parameters[n]
@@ -230,7 +244,7 @@ def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Ten
                 hit.add(show(pattern))
         if key in taken or key in found:
             continue
-        state = "is trainable" if p.requires_grad else "was changed after wrap" if _moved(root, key, pristine(m, n)) else ""
+        state = "is trainable" if p.requires_grad else "was changed after wrap" if _moved(known, key, pristine(m, n)) else ""
         if state:
             raise ValueError(
                 f"the base parameter {key!r} {state} but belongs to no adapter: it would be missing from the file. "
@@ -245,6 +259,7 @@ def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Ten
 # ---------------------------------------------------------------- load
 
 
+@paused_gc()
 def load(
     model: nn.Module, path: str | os.PathLike, names: str | Iterable[str] | Mapping[str, str] | None = None, *, trainable: bool | None = None,
     strict: bool = True, allow_base_mismatch: bool = False, dtype: torch.dtype | None = None,
@@ -267,7 +282,7 @@ def load(
     for what, flag in (("trainable", trainable), ("strict", strict), ("allow_base_mismatch", allow_base_mismatch)):
         if not isinstance(flag, bool) and not (what == "trainable" and flag is None):
             raise TypeError(f"{what}={flag!r}: True or False")
-    header = read_header(path)
+    header, tensors = read(path)
     there = {a["name"]: a for a in header["adapters"]}
     if isinstance(names, Mapping):
         renamed = dict(names)
@@ -282,15 +297,14 @@ def load(
     for n in renamed:
         if n not in there:
             raise LoadError(f"{str(path)!r} has no adapter {n!r}; it holds {list(there)}.{did_you_mean(n, there)}")
-    header, tensors = read(path)
     view = Model.of(root)
     if not allow_base_mismatch:
         _check_base(root, header, [there[n] for n in renamed])
     jobs = [_job(view, root, header, there[old], new, tensors, dtype) for old, new in renamed.items()]
     rest = _base_tensors(root, header)
     used = {k for job in jobs for k in job.used} | rest.keys()
-    others = [a for n, a in there.items() if n not in renamed]
-    unconsumed = sorted(k for k in tensors if k not in used and not any(_belongs(k, a) for a in others))
+    others = [_owns(a) for n, a in there.items() if n not in renamed]
+    unconsumed = sorted(k for k in tensors if k not in used and not any(owns(k) for owns in others))
     unfilled = sorted(k for job in jobs for k in job.unfilled)
     if strict and (unconsumed or unfilled):
         raise LoadError(_mismatch(unconsumed, unfilled))
@@ -366,7 +380,8 @@ def _job(view: Model, root: nn.Module, header: dict, entry: dict, name: str, ten
     cls = _class_of(entry["method"])
     hypers = [_options(cls, s, header["peftlab"]) for s in entry["settings"]]
     sites = _sites(view, entry)
-    mine = {k: t for k, t in tensors.items() if _belongs(k, entry)}
+    owns = _owns(entry)
+    mine = {k: t for k, t in tensors.items() if owns(k)}
     tie = next((s.get("tie") for s in entry["sites"] if s.get("tie")), None)
     req = _Request(
         view, cls, entry["method"], name, sites, {}, [hypers[s["settings"]] for s in entry["sites"]], entry["seed"], dtype, tie, entry.get("asked") or {}
@@ -377,7 +392,7 @@ def _job(view: Model, root: nn.Module, header: dict, entry: dict, name: str, ten
     unfilled: list[str] = []
     methods = []
     with fenced_rng():
-        recipes = req.recipes("cpu")
+        recipes = list(req.recipes("cpu"))
         for site, recipe, facts in zip(sites, recipes, entry["sites"], strict=True):
             methods.append(_filled(site, recipe, facts, entry["name"], mine, used, unfilled, dtype))
         common = recipes[0].common
@@ -387,17 +402,18 @@ def _job(view: Model, root: nn.Module, header: dict, entry: dict, name: str, ten
     return _Job(req, methods, entry.get("active", True), used, unfilled, None)
 
 
-def _belongs(key: str, entry: dict) -> bool:
-    """Whether a tensor is this adapter's, by the structure of its path: its host, then CHILD, then its name."""
-    hosts_of = entry.setdefault("_hosts", {s["host"] for s in entry["sites"]})
-    name = entry["name"]
-    parts = key.split(".")
-    for i in range(len(parts) - 2):
-        if parts[i] == CHILD and parts[i + 1] == name and ".".join(parts[:i]) in hosts_of:
-            return True
-        if parts[i] == SHARED and parts[i + 1] == name:
-            return True
-    return False
+def _owns(entry: dict) -> Callable[[str], bool]:
+    """Whether a tensor is this adapter's, by the structure of its path: below one of its sites, or below its shared module."""
+    prefixes = {join(s["host"], CHILD, entry["name"], s.get("key", "")) for s in entry["sites"]} | {join(SHARED, entry["name"])}
+
+    def owns(key: str) -> bool:
+        while key:
+            if key in prefixes:
+                return True
+            key = key.rpartition(".")[0]
+        return False
+
+    return owns
 
 
 def _mismatch(unconsumed: list[str], unfilled: list[str]) -> str:

@@ -40,27 +40,18 @@ class Allocator(nn.Module):
             methods, self.waiting = self.waiting, []
             self.share(methods, t, T)
 
-    def share(self, methods: list[AdaLoRA], t: int, T: int) -> None:
-        first = methods[0]
-        start, end = sum(m.init_r for m in methods), sum(m.r for m in methods)
-        ti, tf = budget.steps(first.tinit, T), budget.steps(first.tfinal, T)
-        if ti + tf >= T:
-            raise ValueError(f"tinit={first.tinit} and tfinal={first.tfinal} leave none of the {T} steps for the allocation")
-        if t >= T - tf:
-            if sum(int(m.kept.sum()) for m in methods) != end:
-                self.choose(methods, end)
-        elif t > ti and (t - ti) % first.delta_t == 0:
-            self.choose(methods, budget.cubic(t, T, start, end, ti, tf))
-        else:
+    @staticmethod
+    def share(methods: list[AdaLoRA], t: int, T: int) -> None:
+        first, end = methods[0], sum(m.r for m in methods)
+        now = budget.at(t, T, sum(m.init_r for m in methods), end, first.tinit, first.tfinal, first.delta_t)
+        if now is None:
             return
+        if now != end or sum(int(m.kept.sum()) for m in methods) != end:  # at the end the choice is made once
+            scores = [m.importance().to(first.E.device) for m in methods]
+            for m, kept in zip(methods, masks.split_budget(scores, now), strict=True):
+                m.kept.copy_(kept)
         for m in methods:
             m.E.mul_(m.kept)
-
-    @staticmethod
-    def choose(methods: list[AdaLoRA], keep: int) -> None:
-        scores = [m.importance().to(methods[0].E.device) for m in methods]
-        for m, kept in zip(methods, masks.split_budget(scores, keep), strict=True):
-            m.kept.copy_(kept)
 
 
 class AdaLoRA(Method):
@@ -87,7 +78,11 @@ class AdaLoRA(Method):
         for k in "PEQ":  # running mean of the sensitivity |w dL/dw|, and of its deviation from that mean
             self.register_buffer(f"mean_{k}", torch.zeros_like(getattr(self, k)), persistent=False)
             self.register_buffer(f"spread_{k}", torch.zeros_like(getattr(self, k)), persistent=False)
-        demand_schedule(self, self.E, base.path)
+        demand_schedule(self, self.E)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        demand_schedule(self, self.E)
 
     @classmethod
     def shared(cls, sites) -> nn.Module:

@@ -36,10 +36,9 @@ class DoRA(Method):
         if self.m.is_meta:
             return
         self.m.copy_(torch.linalg.vector_norm(lowrank.working(base.weight), dim=1))
-        if base.site.rule.name == "embedding":
-            nn.init.normal_(self.B)
-        else:
-            nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        A, B = lowrank.random_start("kaiming", base.n_out, base.n_in, r, one_hot=base.site.rule.name == "embedding")
+        self.A.copy_(A)
+        self.B.copy_(B)
 
     def ratio(self, W: Tensor) -> Tensor:
         """m / |V|, (n_out,)."""

@@ -29,16 +29,17 @@ class FourierFT(Method):
         numel = base.n_out * base.n_in
         if positive_int("n", n, None, base) > numel:
             raise ValueError(f"n={n} at {base.path!r}: the weight has {numel} entries")
-        self.alpha = finite("alpha", alpha)
+        self.s = finite("alpha", alpha)
         self.size = base.n_out, base.n_in
         self.c = nn.Parameter(torch.zeros(n))
         places = torch.empty(n, dtype=torch.int64) if self.c.is_meta else masks.drawn(numel, n, seed)
         self.register_buffer("places", places, persistent=False)
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.alpha * fourier.dense(self.c, self.places, *self.size)
+        return W + self.s * fourier.dense(self.c, self.places, *self.size)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         if not base.pointwise:
             return super().forward(base, x)
-        return base(x) + self.alpha * fourier.times_dense(x, self.c, self.places, *self.size)
+        y = base(x)
+        return y + (self.s * fourier.times_dense(x, self.c, self.places, *self.size)).to(y.dtype)

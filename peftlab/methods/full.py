@@ -24,9 +24,9 @@ from ..parts.guard import demand_schedule
 
 
 def layer(path: str) -> str:
-    """The numbered block that a path lies in, or the path itself."""
+    """The numbered block that a parameter lies in, or else its module."""
     block = re.match(r"(?:.*?\.)?\d+(?=\.)", path)
-    return block.group() if block else path
+    return block.group() if block else path.rpartition(".")[0]
 
 
 class Layers(nn.Module):
@@ -50,8 +50,15 @@ class Full(Method):
         if gradual:
             self.turn = len(self.common.order) - 1 - self.common.order.index(layer(base.path))  # 0: the last layer
             self.awake = self.turn == 0
-            if not in_place:
-                demand_schedule(self, self.C, base.path)
+            self.guard()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.guard()
+
+    def guard(self) -> None:
+        if self.gradual and not self.in_place:
+            demand_schedule(self, self.C)
 
     @classmethod
     def shared(cls, sites, *, gradual: bool = False) -> nn.Module | None:
@@ -60,7 +67,8 @@ class Full(Method):
     def weight(self, W: Tensor) -> Tensor:
         if self.in_place:
             return W
-        C, origin = self.C if self.awake else self.C.detach(), self.site.origin()
+        asleep = self.scheduled and not self.awake
+        C, origin = self.C.detach() if asleep else self.C, self.site.origin()
         return C if W is origin else C + (W - origin)
 
     def step(self, t: int, T: int, lr: float) -> None:

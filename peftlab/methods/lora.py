@@ -43,44 +43,28 @@ class LoRA(Method):
         self.r = positive_int("r", r, min(base.n_in, base.n_out), base)
         self.s = finite("alpha", alpha) / (r**0.5 if rank_stabilized else r)
         self.p = unit_interval("dropout", dropout)
-        self.A = nn.Parameter(torch.zeros(r, base.n_in))
-        self.B = nn.Parameter(torch.zeros(base.n_out, r))
         if bias and not base.has_bias:
             raise ValueError(f"bias=True at {base.path!r}: this layer has no bias")
-        self.d = nn.Parameter(torch.zeros(base.n_out)) if bias else None
-        self.register_buffer("A0", None)
-        self.register_buffer("B0", None)
-        self._seen = None
-        self.start(base, init)
-
-    def start(self, base: Base, init: str) -> None:
         if init not in INITS:
             raise ValueError(f"init={init!r} at {base.path!r}: one of {', '.join(INITS)}")
-        if init == "orthogonal" and self.r % 2:
-            raise ValueError(f"init='orthogonal' at {base.path!r} needs an even r, not {self.r}")
+        self.A = nn.Parameter(torch.zeros(r, base.n_in))
+        self.B = nn.Parameter(torch.zeros(base.n_out, r))
+        self.d = nn.Parameter(torch.zeros(base.n_out)) if bias else None
         from_weight = init in lowrank.STARTS
-        if from_weight:
-            if self.s <= 0:
-                raise ValueError(f"init={init!r} at {base.path!r} needs alpha > 0")
-            self.A0, self.B0 = torch.zeros(self.A.shape), torch.zeros(self.B.shape)
-        self.needs_data = "inputs" if init == "eva" else None
+        self.register_buffer("A0", torch.zeros(r, base.n_in) if from_weight else None)
+        self.register_buffer("B0", torch.zeros(base.n_out, r) if from_weight else None)
+        self.needs_data, self._seen = "inputs" if init == "eva" else None, None
         if self.A.is_meta:
             return
         if from_weight:
-            A, B, error = lowrank.STARTS[init](base.weight, self.r, self.s)
+            A, B, error = lowrank.STARTS[init](base.weight, r, self.s)
             self.start_error, self.start_floor = error or (None, None)
-            for t, value in ((self.A, A), (self.A0, A), (self.B, B), (self.B0, B)):
-                t.copy_(value)
-        elif init == "orthogonal":
-            A, B = lowrank.disjoint(base.n_out, base.n_in, self.r)
-            self.A.copy_(A)
-            self.B.copy_(B)
-        elif base.site.rule.name == "embedding":
-            nn.init.normal_(self.B)
-        elif init == "gaussian":
-            nn.init.normal_(self.A, std=1 / self.r)
+            self.A0.copy_(A)
+            self.B0.copy_(B)
         else:
-            nn.init.kaiming_uniform_(self.A, a=5**0.5)
+            A, B = lowrank.random_start(init, base.n_out, base.n_in, r, one_hot=base.site.rule.name == "embedding")
+        self.A.copy_(A)
+        self.B.copy_(B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B, A with W' = W + s B A, of rank 2 r after a start from the weight."""
@@ -108,11 +92,6 @@ class LoRA(Method):
 
     @torch.no_grad()
     def calibrated(self, base: Base) -> None:
-        if not self.needs_data:
-            return
-        found = 0 if self._seen is None else int((self._seen.S > 0).sum())
-        if found < self.r:
-            raise ValueError(f"init='eva' at {base.path!r}: the data show {found} input directions, r={self.r} needs as many")
-        self.A.copy_(self._seen.Vh[: self.r])
-        self.B.zero_()
-        self._seen, self.needs_data = None, None
+        if self.needs_data:
+            self.A.copy_(lowrank.directions(self._seen, self.r, base.path))
+            self._seen, self.needs_data = None, None

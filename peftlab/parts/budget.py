@@ -24,3 +24,16 @@ def cubic(t: int, T: int, start: int, end: int, ti: int, tf: int) -> int:
     if t >= T - tf:
         return end
     return end + math.ceil((start - end) * (1 - (t - ti) / (T - ti - tf)) ** 3)
+
+
+def at(t: int, T: int, start: int, end: int, tinit: float, tfinal: float, every: int) -> int | None:
+    """The budget that is to be met at step t, or None where nothing is to be done.
+
+    tinit, tfinal: durations at both ends without a new choice; `every`: steps between choices in the middle. Only the last phase has `end`.
+    """
+    ti, tf = steps(tinit, T), steps(tfinal, T)
+    if ti + tf >= T:
+        raise ValueError(f"tinit={tinit} and tfinal={tfinal} leave none of the {T} steps for the allocation")
+    if t < T - tf and (t <= ti or (t - ti) % every):
+        return None
+    return cubic(t, T, start, end, ti, tf)

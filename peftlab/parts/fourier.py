@@ -21,6 +21,6 @@ def times_dense(x: Tensor, c: Tensor, index: Tensor, n_out: int, n_in: int) -> T
     """x (..., n_in) -> x dense(...)', (..., n_out), by one transform of x, n products and one transform back."""
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     u, v = index // n_in, index % n_in
-    picked = torch.fft.ifft(h)[..., v] * c.to(h.dtype)
+    picked = torch.fft.ifft(h).index_select(-1, v) * c.to(h.dtype)
     spectrum = picked.new_zeros(*x.shape[:-1], n_out).index_add(-1, u, picked)
     return torch.fft.ifft(spectrum).real.to(x.dtype)

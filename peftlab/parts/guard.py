@@ -7,8 +7,13 @@ import weakref
 from torch import Tensor, nn
 
 
-def demand_schedule(method: nn.Module, tensor: Tensor, path: str, limit: int = 20) -> None:
-    """Raise in backward once `tensor` has had `limit` gradients while `method.scheduled` is still False."""
+def demand_schedule(method: nn.Module, tensor: Tensor, limit: int = 20) -> None:
+    """Raise in backward once `tensor` has had `limit` gradients while `method.scheduled` is still False.
+
+    Hooks survive neither deepcopy nor pickle: methods call this again in `__setstate__`.
+    """
+    if not tensor.requires_grad:
+        return
     owner, passes = weakref.ref(method), 0
 
     def count(_: Tensor) -> None:
@@ -17,7 +22,7 @@ def demand_schedule(method: nn.Module, tensor: Tensor, path: str, limit: int = 2
         passes += 1
         if alive is not None and not alive.scheduled and passes >= limit:
             raise RuntimeError(
-                f"{type(alive).__name__} at {path!r} has been trained for {passes} steps without its schedule: it acts during training. "
+                f"{type(alive).__name__} at {alive.site.path!r} has been trained for {passes} steps without its schedule: it acts during training. "
                 "Call peftlab.schedule(model, optimizer, total_steps=...) before the loop."
             )
 

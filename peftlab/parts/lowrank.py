@@ -116,6 +116,8 @@ Start = tuple[Tensor, Tensor, Error | None]
 
 def principal(W: Tensor, r: int, s: float, svd: Callable = randomized_svd) -> Start:
     """A, B with s B A the best rank-r part of W: B = U sqrt(S / s), A = sqrt(S / s) Vh (PiSSA, arXiv 2404.02948, eq. 2-3)."""
+    if s <= 0:
+        raise ValueError(f"this start divides by the scale alpha / r: {s} is not positive")
     U, S, Vh, error = svd(W, r)
     root = (S / s).sqrt()
     return root[:, None] * Vh, U * root, error
@@ -135,12 +137,21 @@ STARTS: dict[str, Callable[[Tensor, int, float], Start]] = {
 }
 
 
-def disjoint(n_out: int, n_in: int, r: int) -> tuple[Tensor, Tensor]:
-    """A (r, n_in), B (n_out, r), both filled and yet B A = 0 up to rounding: they use complementary halves of an orthonormal basis."""
-    basis = torch.linalg.qr(torch.randn(r, r)).Q
-    A = basis[:, 0::2] @ torch.randn(r // 2, n_in)
-    B = torch.randn(n_out, r // 2) @ basis[:, 1::2].mT
-    return A / 10, B / 10
+def random_start(init: str, n_out: int, n_in: int, r: int, one_hot: bool = False) -> tuple[Tensor, Tensor]:
+    """A, B with B A = 0, drawn from torch's generator. one_hot: the input is a token, so A = 0 and B is drawn instead.
+
+    gaussian: A ~ N(0, 1 / r^2). orthogonal: both are filled, with complementary halves of an orthonormal basis of the r dimensions;
+    B A is zero up to rounding only. Else A is Kaiming-uniform, U(-1 / sqrt(n_in), 1 / sqrt(n_in)).
+    """
+    if init == "orthogonal":
+        if r % 2:
+            raise ValueError(f"init='orthogonal' splits the rank in two halves: r={r} is odd")
+        basis = torch.linalg.qr(torch.randn(r, r)).Q
+        return basis[:, 0::2] @ torch.randn(r // 2, n_in) / 10, torch.randn(n_out, r // 2) @ basis[:, 1::2].mT / 10
+    if one_hot:
+        return torch.zeros(r, n_in), torch.randn(n_out, r)
+    A = torch.randn(r, n_in) / r if init == "gaussian" else (torch.rand(r, n_in) * 2 - 1) / n_in**0.5
+    return A, torch.zeros(n_out, r)
 
 
 # ---------------------------------------------------------------- principal components of a stream
@@ -176,6 +187,14 @@ def observe_rows(seen: Stream | None, X: Tensor, r: int, oversample: int = 10) -
     return Stream(count, total, S[:k], Vh[:k])
 
 
+def directions(seen: Stream | None, r: int, path: str) -> Tensor:
+    """The r leading directions (r, n) of what was seen; too few raise."""
+    found = 0 if seen is None else int((seen.S > 0).sum())
+    if found < r:
+        raise ValueError(f"the data show {found} input directions at {path!r}: r={r} needs as many")
+    return seen.Vh[:r]
+
+
 # ---------------------------------------------------------------- norms
 
 
@@ -186,5 +205,5 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """
     dtype = torch.promote_types(W.dtype, A.dtype)
     W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
-    cross = (B * torch.addmm(W @ A.mT, B, A @ A.mT, beta=2, alpha=s)).sum(1)
+    cross = (B.mT * torch.addmm(A @ W.mT, A @ A.mT, B.mT, beta=2, alpha=s)).sum(0)
     return torch.linalg.vector_norm(W, dim=1).square().add(cross, alpha=s).clamp_min(0).sqrt()
