@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .host import CHILD, Site, as_kind, install, swap_out
 from .method import Base, Method
 
+KEEP_BUFFERS = 1 << 20  # entries; larger persistent buffers are watched but not copied
 PROBE = "peftlab_probe"  # the adapter that is there while gradients are collected
 
 
@@ -46,6 +47,9 @@ def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable
     """One pass over the data in eval mode; flags, modes and hooks are put back whatever happens."""
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    # What a forward writes by itself: an embedding's table under max_norm, buffers that count or average.
+    written = [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None and isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    before = [(t, t.detach().clone()) for t in [*written, *(b for b in model.buffers() if b.numel() <= KEEP_BUFFERS)] if not t.is_meta]
     kind = next(m.needs_data for _, m in pairs if m.needs_data)
     try:
         model.eval()
@@ -57,6 +61,10 @@ def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable
             m.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
+        with torch.no_grad():
+            for t, old in before:
+                if not torch.equal(t, old):
+                    t.copy_(old)
     missed = [s.path for s, _ in pairs if id(s) not in seen]
     if missed:
         raise ValueError(f"no batch of data= reached {len(missed)} of {len(pairs)} sites, {missed[0]!r} among them: their start cannot be computed")

@@ -100,7 +100,7 @@ class Site:
             return W
         if self.rows is not None:
             whole = piece.t() if self.transposed else self.rule.matrix(self.host, piece)
-            W = _with_rows(whole.to(W.dtype), self.rows, W)
+            W = _with_rows(whole, self.rows, W)
         return W.t() if self.transposed else self.rule.raw(self.host, W, piece)
 
     # ---- what Base needs
@@ -125,6 +125,8 @@ class Site:
 
 
 def _with_rows(whole: Tensor, rows: slice | Tensor, part: Tensor) -> Tensor:
+    dtype = torch.promote_types(whole.dtype, part.dtype)
+    whole, part = whole.to(dtype), part.to(dtype)
     if isinstance(rows, slice):
         return torch.cat([whole[: rows.start], part, whole[rows.stop :]])
     return whole.index_copy(0, rows.to(whole.device), part)

@@ -96,6 +96,7 @@ def nearest(wanted: str, there: Iterable[str], n: int = 3) -> list[str]:
 
 
 def _ratio(wanted: str, name: str, depth: int) -> float:
+    wanted, name = wanted.lower(), name.lower()
     tail = ".".join(name.split(".")[-depth:])
     return max(difflib.SequenceMatcher(None, wanted, s, autojunk=False).ratio() for s in {name, tail})
 

@@ -246,7 +246,11 @@ def _attention(m: nn.MultiheadAttention, paths: list[str]) -> Iterable[Site]:
 
 def _reads_children(model: Model, m: nn.Module) -> bool:
     """Whether a parent reads this module's weight without calling it: attention's out_proj, the encoder layer's fused path."""
-    return any(isinstance(p, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for p in model.parents.get(id(m), ()))
+    return any(isinstance(p, READERS) for p in model.parents.get(id(m), ()))
+
+
+# torch's own modules that read a child's weight: attention its out_proj, the encoder layer's fused path all of its children.
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, *filter(None, [getattr(nn, "LinearCrossEntropyLoss", None)]))
 
 
 def _slices(whole: Site, paths: list[str], parts: Mapping, pattern) -> Iterable[Site]:

@@ -42,7 +42,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
 
 def active(model: nn.Module) -> list[str]:
     """The adapters that act now, in stacking order."""
-    on = {n for _, _, s in stacks(model) for n in s.active}
+    on = {n for _, _, s in stacks(ensure_module(model)) for n in s.active}
     return [n for n in which(model, None) if n in on]
 
 
@@ -182,8 +182,8 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
             if any(p[0].rule is layers.OPAQUE for n in new for p in s.sites[n]):
                 raise ValueError(f"{path!r} is a {type(host).__name__} that only offers a call: nothing can be merged into it")
             todo.append((path, host, s, new))
-    if not todo and chosen:
-        raise ValueError(f"{chosen} are merged already")
+    if not todo:
+        raise ValueError(f"{chosen} are merged already" if chosen else "nothing to merge: no adapter that changes weights is active")
     for path, _, s, _ in todo if unload else ():
         others = [n for n in s.merged if n not in chosen and n not in s.lossy]
         if others:
@@ -358,6 +358,12 @@ def unwrap(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Mod
 def _take_off(model: nn.Module, chosen: list[str], restore: bool) -> None:
     root = bare(model)
     if restore:
+        gone = [(n, path) for path, _, s in stacks(root) for n in s.lossy if n in chosen]
+        if gone:
+            raise ValueError(
+                f"{gone[0][0]!r} was merged into {gone[0][1]!r} with keep=False: the base bits are gone. "
+                "merge(..., unload=True) takes adapters off and keeps the merged weights."
+            )
         merged = sorted({n for _, _, s in stacks(root) for n in s.merged if n in chosen and n not in s.lossy})
         if merged:
             unmerge(root, merged)
@@ -405,17 +411,24 @@ def snapshot(model: nn.Module, names: str | Iterable[str] | None = None) -> dict
     return {f"{path}.{k}": p.detach().clone() for _, path, _, m in mods for k, p in m.named_parameters()}
 
 
+def _tensors(model: nn.Module, values: object) -> dict[str, nn.Parameter]:
+    """The adapters' own tensors by path, if `values` is a snapshot that fits them."""
+    there = {f"{path}.{k}": p for _, path, _, m in adapter_modules(bare(ensure_module(model))) for k, p in m.named_parameters()}
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise TypeError(f"a snapshot is a dict of tensors, not {values!r:.80}")
+    wrong = [k for k, v in values.items() if k not in there or v.shape != there[k].shape]
+    if wrong:
+        raise ValueError(f"the snapshot does not fit this model: {wrong[0]!r} and {len(wrong) - 1} more")
+    return there
+
+
 @torch.no_grad()
 def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Write a snapshot (or an average of snapshots) back, in place."""
-    there = {f"{path}.{k}": p for _, path, _, m in adapter_modules(bare(model)) for k, p in m.named_parameters()}
+    there = _tensors(model, values)
     merged = sorted({n for _, _, s in stacks(model) for n in s.merged})
     if merged:
         raise ValueError(f"{merged[0]!r} is merged: unmerge it before its tensors are overwritten")
-    unknown = sorted(values.keys() - there.keys())
-    wrong = [k for k in values if k in there and values[k].shape != there[k].shape]
-    if unknown or wrong:
-        raise ValueError(f"snapshot does not fit this model: {(unknown + wrong)[0]!r} and {len(unknown) + len(wrong) - 1} more")
     for k, v in values.items():
         there[k].copy_(v)
 
@@ -423,9 +436,9 @@ def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * adapter, in place; touches adapter tensors only."""
-    if not 0 <= decay <= 1:
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r}: must lie in [0, 1]")
-    there = {f"{path}.{k}": p for _, path, _, m in adapter_modules(bare(model)) for k, p in m.named_parameters()}
+    there = _tensors(model, average)
     for k, a in average.items():
         a.lerp_(there[k].detach().to(a.dtype), 1 - decay)
 

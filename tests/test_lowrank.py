@@ -264,12 +264,17 @@ def test_start_is_the_same_in_every_run():
 
 @few
 @given(m=st.integers(2, 20), n=st.integers(2, 20), half=st.integers(1, 5), seed=seeds)
-def test_disjoint_factors(m, n, half, seed):
-    torch.manual_seed(seed)
-    A, B = lowrank.disjoint(m, n, 2 * half)
-    assert A.shape == (2 * half, n) and B.shape == (m, 2 * half)
+def test_orthogonal_start(m, n, half, seed):
+    """Both factors are filled and their product is zero, so that both have a gradient from the first step."""
+    half = min(half, m // 2, n // 2)
+    model = Holder(nn.Linear(n, m))
+    peftlab.wrap(model, "lora", targets="layer", init="orthogonal", r=2 * half, seed=seed)
+    t = own(model.layer)
+    A, B = t["A"].detach(), t["B"].detach()
     assert A.norm() > 0 and B.norm() > 0
     assert (B @ A).abs().max() < 1e-5 * A.norm() * B.norm()
+    y = model(torch.randn(4, n)).square().sum()
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(y, [t["A"], t["B"]]))
 
 
 # ---- norms and streams

@@ -338,6 +338,23 @@ def test_vera_pair(m, n, r, seed):
     assert all(torch.equal(pairs[0][k], pairs[1][k]) for k in pairs[0])
 
 
+def test_vera_site_does_not_depend_on_the_others():
+    """The same change at a layer whether a larger one is adapted with it or not."""
+    weights = []
+    for targets in (["small"], ["small", "large"]):
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.small, model.large = nn.Linear(17, 13), nn.Linear(90, 70)
+        peftlab.wrap(model, "vera", targets=targets, r=6)
+        fill = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for t in own(model.small).values():
+                t.copy_(torch.randn(t.shape, generator=fill))
+        peftlab.merge(model)
+        weights.append(model.small.weight.detach().clone())
+    torch.testing.assert_close(*weights)
+
+
 def test_vera_scale_at_a_site():
     """With b = d = 1, B A at a site has the variance of Kaiming's A and B: r (2 / n_in) (2 / r)."""
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ def merge(
     from peftlab.io.stream import merge_files
 
     screen = console()
-    with blamed("merge"), tqdm(unit="tensor", dynamic_ncols=True, file=screen.file) as bar:
+    with blamed("merge"), tqdm(unit="layer", dynamic_ncols=True, file=screen.file) as bar:
 
         def progress(done: int, total: int, key: str) -> None:
             bar.total = total

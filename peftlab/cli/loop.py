@@ -73,7 +73,9 @@ class Loop:
         self.total = settings.epochs * self.per_epoch
         every = self.per_epoch / settings.evals
         self.validate_at = {max(1, round(every * i)) for i in range(1, settings.epochs * settings.evals + 1)} | {self.total}
-        self.optimizer = torch.optim.AdamW(peftlab.param_groups(model, lr=settings.lr, weight_decay=settings.weight_decay))
+        matrices = any(p.ndim >= 2 for p in model.parameters() if p.requires_grad)
+        decay = settings.weight_decay if matrices else 0.0  # only matrices decay; a method may train vectors alone
+        self.optimizer = torch.optim.AdamW(peftlab.param_groups(model, lr=settings.lr, weight_decay=decay))
         warmup = max(1, round(settings.warmup * self.total))
         shape = lambda s: min(1.0, (s + 1) / warmup) * max(0.0, (self.total - s) / self.total)  # noqa: E731
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, shape)

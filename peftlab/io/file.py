@@ -20,6 +20,9 @@ KEY = "peftlab"  # metadata entry that holds the header
 CRC = "peftlab.crc"  # and its checksum
 
 
+NEEDED = {"peftlab": str, "adapters": list, "base": dict, "buffers": list, "included": list, "tensors": dict}
+
+
 class LoadError(ValueError):
     """A file that cannot be used as it is, or not with this model."""
 
@@ -139,9 +142,17 @@ def _header(path, f) -> dict:
     text = meta[KEY]
     if meta.get(CRC) != f"{zlib.crc32(text.encode()):08x}":
         raise LoadError(f"{str(path)!r} is damaged: its header does not match its checksum")
-    header = json.loads(text)
-    if header["format"] > FORMAT:
-        raise LoadError(f"{str(path)!r} has format {header['format']}, written by peftlab {header['peftlab']}; this version reads up to {FORMAT}")
+    try:
+        header = json.loads(text)
+        version, writer = header["format"], header["peftlab"]
+        sound = all(isinstance(header[k], kind) for k, kind in NEEDED.items()) and header["adapters"]
+        sound = sound and all(isinstance(a, dict) and isinstance(a["name"], str) and a["sites"] for a in header["adapters"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise LoadError(f"{str(path)!r}: its header is not one that peftlab writes ({type(e).__name__}: {e})") from None
+    if isinstance(version, int) and version > FORMAT:
+        raise LoadError(f"{str(path)!r} has format {version}, written by peftlab {writer}; this version reads up to {FORMAT}")
+    if version != FORMAT or isinstance(version, bool) or not sound:
+        raise LoadError(f"{str(path)!r}: its header is not one that peftlab writes (format {version!r})")
     return header
 
 

@@ -167,6 +167,8 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
                 values = not (method.replaces or site.rule is layers.OPAQUE)
                 for param in dict.fromkeys(p for p in (site.param, site.bias if changes_bias(site, method) else None) if p):
                     key = join(host_path, param)
+                    if param not in host._parameters:
+                        continue  # a layer that computes its weight: nothing to compare with
                     if key not in base or (values and "values" not in base[key]):
                         base[key] = fingerprint(pristine(host, param), values)
     for path, m in walk(root):
@@ -252,7 +254,7 @@ def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Ten
             )
     for pattern in patterns:
         if show(pattern) not in hit:
-            raise ValueError(f"include: {show(pattern)} matches nothing.{did_you_mean(str(pattern), [k for k, *_ in every])}")
+            raise ValueError(f"include: {show(pattern)} matches nothing.{did_you_mean(str(pattern), [k for k, *_ in every] + [path for _, path, *_ in every])}")
     return found
 
 
@@ -284,6 +286,8 @@ def load(
             raise TypeError(f"{what}={flag!r}: True or False")
     header, tensors = read(path)
     there = {a["name"]: a for a in header["adapters"]}
+    if names is not None and not isinstance(names, (str, Iterable)):
+        raise TypeError(f"names={names!r}: a name, several, or a dict that renames them")
     if isinstance(names, Mapping):
         renamed = dict(names)
     else:
@@ -298,10 +302,15 @@ def load(
         if n not in there:
             raise LoadError(f"{str(path)!r} has no adapter {n!r}; it holds {list(there)}.{did_you_mean(n, there)}")
     view = Model.of(root)
-    if not allow_base_mismatch:
-        _check_base(root, header, [there[n] for n in renamed])
-    jobs = [_job(view, root, header, there[old], new, tensors, dtype) for old, new in renamed.items()]
-    rest = _base_tensors(root, header)
+    try:
+        if not allow_base_mismatch:
+            _check_base(root, header, [there[n] for n in renamed])
+        jobs = [_job(view, root, header, there[old], new, tensors, dtype) for old, new in renamed.items()]
+        rest = _base_tensors(root, header)
+    except LoadError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+        raise LoadError(f"{str(path)!r}: its header does not describe an adapter that can be built: {e}") from e
     used = {k for job in jobs for k in job.used} | rest.keys()
     others = [_owns(a) for n, a in there.items() if n not in renamed]
     unconsumed = sorted(k for k in tensors if k not in used and not any(owns(k) for owns in others))
@@ -524,7 +533,8 @@ def _fill(module: nn.Module, prefix: str, mine: dict, used: set, missing: list, 
                 if value.shape != t.shape:
                     raise LoadError(f"{key!r} has shape {tuple(value.shape)} in the file; the adapter needs {tuple(t.shape)}")
                 used.add(key)
-                value = value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
+                # A copy of its own: the reader's memory is aligned otherwise, which changes the last bits of vectorised sums.
+                value = value.to(device, dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
                 table[k] = nn.Parameter(value, requires_grad=value.is_floating_point()) if is_param else value
 
 

@@ -28,7 +28,7 @@ from ..sites import Model, join
 from ..switch import _merged_tensors
 from ..wrap import _Request
 from .file import LoadError, checksum, read_header
-from .native import _belongs, _class_of, _differs, _fill, _filled, _mismatch, _options, _rows_back
+from .native import _class_of, _differs, _fill, _filled, _mismatch, _options, _owns, _rows_back
 
 INDEX = "model.safetensors.index.json"
 ADDED = "added.safetensors"  # adapted tensors that the model folder does not have, such as a new head
@@ -77,7 +77,7 @@ def merge_files(
         adapter: a file of `peftlab.save`.
         out_dir: a new or empty folder; it appears only when everything has been written.
         names: the adapters to merge, by default the active ones.
-        progress: called with (tensors done, tensors in all, key of the last one).
+        progress: called with (layers done, layers in all, path of the last one).
 
     Raises:
         ValueError (LoadError among them), OSError: nothing is then written.
@@ -235,6 +235,7 @@ class _Job:
 
     def __init__(self, header: dict, chosen: list[dict], shards: Shards, tensors: Tensors):
         self.header, self.chosen, self.shards, self.tensors = header, chosen, shards, tensors
+        self.others = [_owns(a) for a in header["adapters"] if a not in chosen]
         self.largest = 0
         self.replacing = [*header["buffers"], *header["included"]]
         hosts: dict[str, nn.Module] = {}
@@ -307,7 +308,9 @@ class _Job:
     # ---- work
     def run(self, to: Path, progress: Callable[[int, int, str], None] | None) -> tuple[list[tuple[str, float]], list[str]]:
         """Write every changed tensor into the copy `to`; returns (tensor, largest change) rows and the names of added tensors."""
-        total = sum(len(h._parameters) for h in self.hosts.values()) + len(self.replacing)
+        there = {join(path, param) for path, host in self.hosts.items() for param in host._parameters}
+        rest = [key for key in self.replacing if key not in there]
+        total = len(self.hosts) + len(rest)
         done, rows, added = 0, [], {}
 
         def step(key: str) -> None:
@@ -324,7 +327,6 @@ class _Job:
                 changed.add(join(path, param))
                 rows.append(self._put(to, path, param, originals, value, added))
                 self.largest = max(self.largest, value.numel() * value.element_size())
-                step(join(path, param))
             for param, old in originals.items():
                 if join(path, param) in self.replacing and join(path, param) not in changed:
                     rows.append(self._put(to, path, param, originals, host._parameters[param].detach(), added))
@@ -332,19 +334,18 @@ class _Job:
                     self.largest = max(self.largest, old.numel() * old.element_size())
             for param, p in list(host._parameters.items()):
                 host._parameters[param] = nn.Parameter(p.detach().to("meta"), requires_grad=False)
-        handled = {join(path, param) for path, host in self.hosts.items() for param in host._parameters}
-        for key in self.replacing:
-            if key not in handled:
-                place = self.key(key)
-                value = self.tensors[key]
-                if place is None:
-                    added[key] = value
-                else:
-                    old = self.shards.read(place)
-                    self.shards.write(to, place, value)
-                    rows.append((place, _change(old, value)))
-            self.used.add(key)
+            step(path)
+        for key in rest:
+            place = self.key(key)
+            value = self.tensors[key]
+            if place is None:
+                added[key] = value
+            else:
+                old = self.shards.read(place)
+                self.shards.write(to, place, value)
+                rows.append((place, _change(old, value)))
             step(key)
+        self.used.update(self.replacing)
         unconsumed = sorted(k for k in self.tensors if k not in self.used and not self._left_out(k))
         if unconsumed:
             raise LoadError(_mismatch(unconsumed, []))
@@ -354,7 +355,7 @@ class _Job:
 
     def _left_out(self, key: str) -> bool:
         """Whether a tensor belongs to an adapter that is not merged."""
-        return any(_belongs(key, a) for a in self.header["adapters"] if a not in self.chosen)
+        return any(owns(key) for owns in self.others)
 
     def _materialise(self, path: str, host: nn.Module) -> dict[str, Tensor | None]:
         """Real tensors for one host: the folder's, checked against the fingerprint, or those trained in place. Returns the folder's."""

@@ -11,7 +11,9 @@ Trains: init_r * (n_in + n_out + 1)
 Structure: rank(W' - W) <= init_r; in the end at most the sum of r entries of E are nonzero over all sites
 Family: low rank
 Paper: Zhang et al. 2023, arXiv 2303.10512, eq. 3 (form), 4 (regulariser), 7-11 (importance), 12 (budget)
-Differs: reaches its budget exactly. The regulariser is the paper's, squared; the authors' code averages unsquared norms.
+Differs: reaches its budget exactly. P and Q start with columns and rows of unit length in expectation, where the regulariser wants them;
+    the authors' code draws every entry with standard deviation 0.02. The regulariser is the paper's, squared; the code averages
+    unsquared norms.
 """
 
 from __future__ import annotations
@@ -71,9 +73,9 @@ class AdaLoRA(Method):
         self.tinit, self.tfinal = budget.duration("tinit", tinit), budget.duration("tfinal", tfinal)
         self.delta_t = positive_int("delta_t", delta_t, None, base)
         self.beta1, self.beta2, self.orth = unit_interval("beta1", beta1), unit_interval("beta2", beta2), finite("orth", orth)
-        self.P = nn.Parameter(torch.randn(base.n_out, init_r) * 0.02)
+        self.P = nn.Parameter(torch.randn(base.n_out, init_r) / base.n_out**0.5)
         self.E = nn.Parameter(torch.zeros(init_r))
-        self.Q = nn.Parameter(torch.randn(init_r, base.n_in) * 0.02)
+        self.Q = nn.Parameter(torch.randn(init_r, base.n_in) / base.n_in**0.5)
         self.register_buffer("kept", torch.ones(init_r, dtype=torch.bool), persistent=False)
         for k in "PEQ":  # running mean of the sensitivity |w dL/dw|, and of its deviation from that mean
             self.register_buffer(f"mean_{k}", torch.zeros_like(getattr(self, k)), persistent=False)

@@ -24,7 +24,7 @@ class FourierFT(Method):
     additive = True
     opaque = True
 
-    def __init__(self, base: Base, *, n: int = 1000, alpha: float = 150.0, seed: int = 777):
+    def __init__(self, base: Base, *, n: int = 1000, alpha: float = 150.0, seed: int = 0):
         super().__init__(base)
         numel = base.n_out * base.n_in
         if positive_int("n", n, None, base) > numel:

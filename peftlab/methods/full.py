@@ -43,7 +43,7 @@ class Full(Method):
 
     def __init__(self, base: Base, *, in_place: bool = False, gradual: bool = False):
         super().__init__(base)
-        self.in_place, self.gradual, self.awake = in_place, gradual, True
+        self.in_place, self.gradual, self.awake, self._scheduled = in_place, gradual, True, False
         self.C = None if in_place else nn.Parameter(torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32)))
         if not in_place and not self.C.is_meta:
             self.C.copy_(base.site.origin())
@@ -63,6 +63,16 @@ class Full(Method):
     @classmethod
     def shared(cls, sites, *, gradual: bool = False) -> nn.Module | None:
         return Layers([s.path for s in sites]) if gradual else None
+
+    @property
+    def scheduled(self) -> bool:
+        return self._scheduled
+
+    @scheduled.setter
+    def scheduled(self, on: bool) -> None:
+        self._scheduled = on
+        if self.gradual and self.in_place:  # layers sleep from the first step on, and only while a schedule will wake them
+            self.site.raw_tensor.requires_grad_(self.awake or not on)
 
     def weight(self, W: Tensor) -> Tensor:
         if self.in_place:

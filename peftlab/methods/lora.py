@@ -51,6 +51,7 @@ class LoRA(Method):
         self.B = nn.Parameter(torch.zeros(base.n_out, r))
         self.d = nn.Parameter(torch.zeros(base.n_out)) if bias else None
         from_weight = init in lowrank.STARTS
+        self.opaque = not from_weight
         self.register_buffer("A0", torch.zeros(r, base.n_in) if from_weight else None)
         self.register_buffer("B0", torch.zeros(base.n_out, r) if from_weight else None)
         self.needs_data, self._seen = "inputs" if init == "eva" else None, None

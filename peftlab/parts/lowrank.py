@@ -137,17 +137,21 @@ STARTS: dict[str, Callable[[Tensor, int, float], Start]] = {
 }
 
 
+def disjoint(n_out: int, n_in: int, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, n_in), B (n_out, r), both filled and yet B A = 0 up to rounding: they use complementary halves of an orthonormal basis of the r dimensions."""
+    if r % 2:
+        raise ValueError(f"the orthogonal start splits the rank into halves: r={r} is odd")
+    basis = torch.linalg.qr(torch.randn(r, r)).Q
+    return basis[:, 0::2] @ torch.randn(r // 2, n_in) / 10, torch.randn(n_out, r // 2) @ basis[:, 1::2].mT / 10
+
+
 def random_start(init: str, n_out: int, n_in: int, r: int, one_hot: bool = False) -> tuple[Tensor, Tensor]:
     """A, B with B A = 0, drawn from torch's generator. one_hot: the input is a token, so A = 0 and B is drawn instead.
 
-    gaussian: A ~ N(0, 1 / r^2). orthogonal: both are filled, with complementary halves of an orthonormal basis of the r dimensions;
-    B A is zero up to rounding only. Else A is Kaiming-uniform, U(-1 / sqrt(n_in), 1 / sqrt(n_in)).
+    gaussian: A ~ N(0, 1 / r^2). orthogonal: see `disjoint`. Else A is Kaiming-uniform, U(-1 / sqrt(n_in), 1 / sqrt(n_in)).
     """
     if init == "orthogonal":
-        if r % 2:
-            raise ValueError(f"init='orthogonal' splits the rank in two halves: r={r} is odd")
-        basis = torch.linalg.qr(torch.randn(r, r)).Q
-        return basis[:, 0::2] @ torch.randn(r // 2, n_in) / 10, torch.randn(n_out, r // 2) @ basis[:, 1::2].mT / 10
+        return disjoint(n_out, n_in, r)
     if one_hot:
         return torch.zeros(r, n_in), torch.randn(n_out, r)
     A = torch.randn(r, n_in) / r if init == "gaussian" else (torch.rand(r, n_in) * 2 - 1) / n_in**0.5
