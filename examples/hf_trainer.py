@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=options.epochs, per_device_train_batch_size=16, per_device_eval_batch_size=64, learning_rate=1e-3,
-            warmup_steps=20, logging_steps=50, save_strategy="no", report_to="none", train_sampling_strategy="group_by_length", seed=0, use_cpu=not torch.cuda.is_available(),
+            warmup_steps=20, logging_steps=50, save_strategy="no", report_to="none", seed=0, use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         accuracy = lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())}  # noqa: E731
         tools = {"processing_class": AutoTokenizer.from_pretrained(default_folder()), "compute_metrics": accuracy}

@@ -113,7 +113,7 @@ def check(model: nn.Module, /, *args, **kwargs) -> CheckReport:
     * merges: so changed and merged, the model gives the same output in eval mode (relative to its largest entry: 1e-9 in float64,
       1e-4 in float32, 5e-3 where TF32 may be used, 1e-2 in float16, 5e-2 in bfloat16), and unmerging gives every bit back.
 
-    About a dozen forwards and two backwards, more only where something fails. Memory beyond training's: a copy of the adapters and of
+    About ten forwards and two backwards, more only where something fails. Memory beyond training's: a copy of the adapters and of
     the buffers, and one of the adapted weights while they are merged. Compiled and DDP-wrapped models are looked into; run it
     before FSDP2 shards the model. Afterwards the model is as before: bits, flags, modes, `.grad`, buffers and random generators.
 
@@ -126,7 +126,7 @@ def check(model: nn.Module, /, *args, **kwargs) -> CheckReport:
     """
     root = bare(ensure_module(model))
     trial = _Trial(root, args, kwargs)
-    with trial.fence:
+    with torch.inference_mode(False), torch.enable_grad(), trial.fence:
         trial.noise = _distance(trial.run(), trial.start())
         _reach(trial)
         with trial.perturbed():
@@ -202,7 +202,7 @@ class _Trial:
         self.fence.set_random(seed)
         torch.clear_autocast_cache()  # it would hold casts of the tensors as they were
         try:
-            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad):
                 return model(*args, **kwargs)
         finally:
             self.fence.put_buffers_back()
@@ -530,10 +530,13 @@ def _move(t: _Trial) -> None:
     for s in t.subjects:
         if not s.tensors:
             continue
-        s.row.moves = whole and ((same and any(id(p) in sensitive for p in s.tensors.values())) or _moves_alone(t, s))
-        if not s.row.moves:
+        felt = any(id(p) in sensitive for p in s.tensors.values())
+        s.row.moves = whole and ((same and felt) or _moves_alone(t, s))
+        if not s.row.moves and felt:
+            s.row.fail("moves", "it has a gradient, but no effect in eval without gradients, where its weight is read: wrap(..., read=[{paths}])")
+        elif not s.row.moves:
             s.row.fail("moves", "a change of its tensors does not change the output of this batch in eval mode")
-        elif s.row.reached is False and s.module is not None and acts(s.module, "step"):
+        elif s.row.reached is False and acts(s.module, "step"):
             s.row.reached, s.row.note = True, "gets no gradient now; its schedule decides when it trains"
             s.row.problems.pop("reached")
 
@@ -691,10 +694,9 @@ class _Layers:
 
 
 def _blame(rows: list[_Subject], culprit: nn.Module | None) -> list[_Subject]:
-    """The adapters in the module that went wrong first (all where none is there); of these, those that failed before, if any."""
+    """Adapters that do nothing unmerged, if any; else those in the module that went wrong first; all of them where none is there."""
     inside = set() if culprit is None else {id(m) for m in culprit.modules()}
-    suspects = [s for s in rows if id(s.site.host) in inside] or rows
-    return [s for s in suspects if s.row.problems.keys() & {"reached", "moves"}] or suspects
+    return [s for s in rows if s.row.moves is False] or [s for s in rows if id(s.site.host) in inside] or rows
 
 
 # ---------------------------------------------------------------- the first steps

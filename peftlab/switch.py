@@ -163,64 +163,85 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
     """
     found = stacks(ensure_module(model))
     outside_disabled(model)
+    chosen = _mergeable(model, found, names)
+    todo = _to_merge(found, chosen, unload)
+    if not keep:  # without the frozen bits there is no way back, so look before leaping
+        looked = [(path, p, _change(host, p, value)) for path, host, s, new in todo for p, value in _merged_tensors(path, host, s, _kept(s, new))]
+        _refuse_nothing(looked, todo)
+    rows = _fold(todo, keep)
+    kept_bytes = sum(s._buffers[STASH + p].numel() * s._buffers[STASH + p].element_size() for _, _, s, _ in todo for p in _stashed(s))
+    if unload:
+        for _, _, s, _ in todo:
+            _forget(s)
+        _take_off(model, chosen, restore=False)
+    return MergeReport(rows, 0 if unload else kept_bytes)
+
+
+def _mergeable(model: nn.Module, found: list, names: str | Iterable[str] | None) -> list[str]:
+    """The adapters to merge: those named, or every active one that changes weights."""
     chosen = which(model, names)
     callers = {n for _, _, s in found for n in s.order for _, m in s.sites[n] if m.on == "module" or not m.defined()}
+    on = {n for _, _, s in found for n in s.active}
     if names is None:
-        on = {n for _, _, s in found for n in s.active}
-        chosen = [n for n in chosen if n in on and n not in callers]
-    bad = [n for n in chosen if n in callers]
-    if bad:
-        raise ValueError(f"{bad[0]!r} changes the call, not the weight, and cannot be merged")
-    idle = [n for n in chosen if not any(n in s.active for _, _, s in found)]
-    if idle:
-        raise ValueError(f"{idle[0]!r} is not active; activate it before merging")
+        return [n for n in chosen if n in on and n not in callers]
+    for n in chosen:
+        if n in callers:
+            raise ValueError(f"{n!r} changes the call, not the weight, and cannot be merged")
+        if n not in on:
+            raise ValueError(f"{n!r} is not active; activate it before merging")
+    return chosen
+
+
+def _to_merge(found: list, chosen: list[str], unload: bool) -> list[tuple[str, nn.Module, Stack, list[str]]]:
+    """(path, host, stack, adapters to merge there), checked."""
     todo = []
     for path, host, s in found:
         new = [n for n in s.order if n in chosen and n in s.active and n not in s.merged]
-        if new:
-            _check_order(path, s, {*s.merged, *new}, s.active)
-            if any(p[0].rule is layers.OPAQUE for n in new for p in s.sites[n]):
-                raise ValueError(f"{path!r} is a {type(host).__name__} that only offers a call: nothing can be merged into it")
-            todo.append((path, host, s, new))
+        if not new:
+            continue
+        _check_order(path, s, {*s.merged, *new}, s.active)
+        if any(p[0].rule is layers.OPAQUE for n in new for p in s.sites[n]):
+            raise ValueError(f"{path!r} is a {type(host).__name__} that only offers a call: nothing can be merged into it")
+        others = [n for n in s.merged if n not in chosen and n not in s.lossy]
+        if unload and others:
+            raise ValueError(f"{others[0]!r} is merged into {path!r} as well: unload them together, or unmerge it first")
+        todo.append((path, host, s, new))
     if not todo:
         raise ValueError(f"{chosen} are merged already" if chosen else "nothing to merge: no adapter that changes weights is active")
-    for path, _, s, _ in todo if unload else ():
-        others = [n for n in s.merged if n not in chosen and n not in s.lossy]
-        if others:
-            raise ValueError(f"{others[0]!r} is merged into {path!r} as well: unload them together, or unmerge it first")
-    if not keep:  # without the frozen bits there is no way back, so look before leaping
-        for path, host, s, new in todo:
-            for _, value in _merged_tensors(path, host, s, _kept(s, new)):
-                del value
+    return todo
+
+
+def _fold(todo: list, keep: bool) -> list[tuple[str, str, float]]:
+    """Write the merged tensors; where that fails, everything is put back."""
     done: list[tuple] = []
-    rows, kept_bytes = [], 0
+    rows: list[tuple[str, str, float]] = []
     try:
         for path, host, s, new in todo:
             before = (s.merged, {p: s._buffers[STASH + p] for p in _stashed(s)})
             done.append((host, s, before, unload_ties(host, s) if s.untied else {}))
-            after = _kept(s, new)
-            for param, value in _merged_tensors(path, host, s, after):
+            for param, value in _merged_tensors(path, host, s, _kept(s, new)):
                 rows.append((path, param, _store(host, s, param, value)))
             s.merged = tuple(n for n in s.order if n in {*s.merged, *new})
             s.refresh()
+            if not keep:
+                _forget(s)
+                s.lossy = s.merged
         _refuse_nothing(rows, todo)
     except BaseException:
-        for host, s, (merged, kept), rebound in reversed(done):
+        for host, s, (merged, kept), rebound in reversed(done if keep else []):
             _restore(host, s, merged, kept, rebound)
         raise
-    if not keep:
-        for _, _, s, _ in todo:
-            for p in _stashed(s):
-                del s._buffers[STASH + p]
-            s.lossy = s.merged
-    kept_bytes = sum(s._buffers[STASH + p].numel() * s._buffers[STASH + p].element_size() for _, _, s, _ in todo for p in _stashed(s))
-    if unload:
-        for _, _, s, _ in todo:
-            for p in _stashed(s):
-                del s._buffers[STASH + p]
-        _take_off(model, chosen, restore=False)
-        kept_bytes = 0
-    return MergeReport(rows, kept_bytes)
+    return rows
+
+
+def _forget(stack: Stack) -> None:
+    for p in _stashed(stack):
+        del stack._buffers[STASH + p]
+
+
+def _change(host: nn.Module, param: str, value: Tensor) -> float:
+    """The largest change of an entry."""
+    return (value.float() - host._parameters[param].detach().float()).abs().max().item() if value.numel() else 0.0
 
 
 def _kept(stack: Stack, new: list[str]) -> list[str]:
@@ -266,7 +287,7 @@ def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) 
 
 def _store(host: nn.Module, stack: Stack, param: str, value: Tensor) -> float:
     raw = host._parameters[param]
-    delta = (value.float() - raw.detach().float()).abs().max().item() if value.numel() else 0.0
+    delta = _change(host, param, value)
     if STASH + param not in stack._buffers:
         stack.register_buffer(STASH + param, raw.detach(), persistent=False)
     fresh = value.contiguous() if value.data_ptr() != raw.data_ptr() else value.clone()

@@ -327,6 +327,39 @@ def test_merge_finds_the_names_of_a_headed_twin(zoo, tmp_path):
     assert torch.equal(there[key], bare.state_dict()[key])
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the kernel's high-water mark")
+def test_streamed_merge_needs_little_memory(tmp_path):
+    """A folder of 64 MiB in four shards is merged with less than a shard of memory."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)))
+    (tmp_path / "base").mkdir()
+    where = {}
+    for i in range(4):
+        part = {f"{j}.weight": model[j].weight.detach() for j in range(4 * i, 4 * i + 4)}
+        save_file(part, tmp_path / "base" / f"model-{i}.safetensors")
+        where |= dict.fromkeys(part, f"model-{i}.safetensors")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    peftlab.wrap(model, "lora", r=4, targets="*")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.01)
+    peftlab.save(model, tmp_path / "a.safetensors")
+    peftlab.merge(model, keep=False, unload=True)
+    expected = model[9].weight[:3].clone()
+    del model, part, p
+    with work.PeakMemory(torch.device("cpu")) as memory:
+        merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "out" / "model-2.safetensors", "pt") as f:
+        assert torch.equal(f.get_tensor("9.weight")[:3], expected)
+    assert memory.bytes is not None
+    assert memory.bytes < 16 * 2**20 + 8 * 2**20  # four matrices of 4 MiB: frozen, merged, the product, a copy; and slack
+
+
 def test_merge_refuses_and_leaves_nothing(zoo, tmp_path, capsys):
     model = transformers.BertModel.from_pretrained(zoo / "bert")
     peftlab.wrap(model, "lora")

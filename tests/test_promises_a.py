@@ -1353,6 +1353,53 @@ def test_promise_11_loaded_adapter_trains_and_nothing_else_does(tmp_path):
     assert moved == {k for k in before if ".peftlab." in k}
 
 
+def watched(model, steps=3, lr=0.1):
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    peftlab.watch(model, opt, steps=steps)
+    for _ in range(steps):
+        opt.zero_grad()
+        loss_on_ids(model).backward()
+        opt.step()
+
+
+def test_promise_11_watch_is_quiet_while_everything_moves():
+    watched(peftlab.wrap(net(), "lora", r=2))
+    watched(peftlab.wrap(net(), "ia3"))
+
+
+def test_promise_11_watch_names_what_did_not_move():
+    with pytest.raises(RuntimeError, match=r"layers\.0\.q_proj\.peftlab\.default"):
+        watched(peftlab.wrap(net(), "lora", r=2), lr=0.0)
+    model = peftlab.wrap(ReadsWeight(), "lora", r=2, targets=["inner", "out_proj"])
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    peftlab.watch(model, opt, steps=3)
+    with pytest.raises(RuntimeError, match=r"'out_proj\.peftlab\.default\.A'") as e:
+        for _ in range(3):
+            opt.zero_grad()
+            model(torch.ones(2, 8)).square().sum().backward()
+            opt.step()
+    assert "inner" not in str(e.value)
+
+
+def test_promise_11_watch_finds_an_optimizer_that_holds_other_tensors():
+    """peft#3409, opacus#820: references that went stale; trl#6700: an optimizer without adapters."""
+    model = peftlab.wrap(net(), "lora", r=2)
+    stale = torch.optim.SGD([p for p in copy.deepcopy(model).parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj\.peftlab\.default"):
+        peftlab.watch(model, stale)
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj\.peftlab\.default"):
+        peftlab.watch(model, torch.optim.SGD(list(model.head.parameters()), lr=0.1))
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    peftlab.watch(model, opt, steps=2)
+    a = lora_of(model.layers[0].q_proj)
+    a.B = nn.Parameter(a.B.detach().clone())  # replaced behind the optimizer's back
+    with pytest.raises(RuntimeError, match=r"layers\.0\.q_proj\.peftlab\.default\.B"):
+        for _ in range(2):
+            opt.zero_grad()
+            loss_on_ids(model).backward()
+            opt.step()
+
+
 # ============================================================ row 12: prefixes of compiled and wrapped models (see test_distributed.py for DDP and FSDP)
 
 

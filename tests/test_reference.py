@@ -330,6 +330,28 @@ def test_vera_shared_between_layers(party):
     assert_same(measured(model, x, leaves), want, 1e-6)  # the pair itself is float32
 
 
+UNLIKE_HF = pytest.mark.xfail(strict=True, reason="ours counts the kernel positions in q, HF and LyCORIS compare r with the channels alone")
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["w2", "both"])
+@pytest.mark.parametrize(
+    ("layer", "r"),
+    [
+        *(pytest.param(lambda n=n, m=m: nn.Linear(n, m), r, id=f"linear-{n}x{m}-r{r}") for n, m in ((36, 100), (64, 6), (7, 48)) for r in (1, 2, 3, 5)),
+        pytest.param(lambda: nn.Conv2d(8, 12, 3), 1, id="conv-r1"),
+        pytest.param(lambda: nn.Conv2d(8, 12, 3), 20, id="conv-r20"),
+        pytest.param(lambda: nn.Conv2d(8, 12, 3), 3, id="conv-r3", marks=UNLIKE_HF),
+    ],
+)
+def test_lokr_factors_where_hf_does(layer, r, both):
+    """Which factor is full and which a product of rank r, and how the sides are divided."""
+    torch.manual_seed(0)
+    layer = layer().double()
+    _, theirs = hf(layer, peft.LoKrConfig(target_modules=["layer"], r=r, alpha=5, decompose_both=both))
+    want = {k: tuple(f(t).shape) for k, (t, f) in lokr_tensors(theirs).items()}
+    assert {k: tuple(t.shape) for k, t in own(wrapped(layer, "lokr", r=r, decompose_both=both).layer).items()} == want
+
+
 # ---- where HF is wrong
 
 

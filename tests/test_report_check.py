@@ -5,12 +5,8 @@ Row numbers in the names are those of the list of promised behaviours.
 
 from __future__ import annotations
 
-import copy
 import random
 import re
-import sys
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,7 +192,8 @@ def test_promise_59_report_says_where_the_fast_path_is_not_taken_and_why():
     class All(nn.Module):
         def __init__(self):
             super().__init__()
-            self.plain, self.both, self.scaled = nn.Linear(8, 8), nn.Linear(8, 8), type("Scaled", (nn.Linear,), {"forward": lambda m, x: 2 * F.linear(x, m.weight)})(8, 8)
+            self.plain, self.both = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.scaled = type("Scaled", (nn.Linear,), {"forward": lambda m, x: 2 * F.linear(x, m.weight)})(8, 8)
             self.attn, self.rnn = nn.MultiheadAttention(8, 2), nn.GRU(8, 8)
             self.matrix = nn.Parameter(torch.randn(8, 8))
             self.tied_a, self.tied_b = nn.Linear(8, 8), nn.Linear(8, 8)
@@ -204,14 +201,13 @@ def test_promise_59_report_says_where_the_fast_path_is_not_taken_and_why():
 
     model = All()
     peftlab.wrap(model, "lora", r=2, targets=["plain", "scaled", "attn", "out_proj", "rnn.weight_ih_l0", "matrix", "tied_a"], tie="share")
-    peftlab.wrap(model, "lora", r=2, targets=["x"], split={"both": {"x": 4, "y": 4}}, name="half")
-    peftlab.wrap(model, "oft", targets="both", name="oft") if False else None
+    peftlab.wrap(model, "lora", r=2, targets=["x"], split={"both": {"x": 4, "y": 4}}, name="part")
     mode = {r.path: r.mode for r in peftlab.report(model)}
     assert mode["plain"] == "call"
     assert "Scaled has a forward" in mode["scaled"] and mode["scaled"].startswith("read")
     assert mode["attn.q_proj"].startswith("read (attention") and "MultiheadAttention reads" in mode["attn.out_proj"]
     assert "recurrent" in mode["rnn.weight_ih_l0"] and "raw parameter" in mode["matrix"] and "tied" in mode["tied_a"]
-    assert mode["x"] == "call (dense: a part of the weight is adapted)"
+    assert mode["both.x"] == "call (dense: a part of the weight is adapted)"
 
 
 def test_promise_59_read_by_hand_and_definition_only_say_so():
@@ -361,10 +357,12 @@ def test_check_under_autocast_and_compile():
     before = everything(model)
     assert peftlab.check(torch.compile(model, backend="eager"), IDS).ok
     assert_untouched(model, before)
-    with torch.no_grad():
-        assert peftlab.check(model, IDS).ok
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert peftlab.check(model, IDS).ok
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
 @pytest.mark.parametrize("training", [True, False])
 def test_check_under_reentrant_checkpointing(training):
     class Checkpointed(Net):
@@ -450,8 +448,8 @@ class Reads(nn.Module):
         h = F.linear(h, self.read.weight, self.read.bias)
         h = h + self.detached(h).detach()
         with torch.no_grad():
-            h = h + self.blind(h)
-        return self.head(h)
+            blind = self.blind(h)
+        return self.head(h + blind)
 
 
 def test_promise_04_every_dead_adapter_is_named_with_its_own_remedy():
@@ -502,7 +500,7 @@ def test_promise_04_a_fused_path_that_ignores_the_adapter_is_found_although_the_
     model, x = peftlab.wrap(Fused().eval(), "lora", r=2, targets=["a", "b", "c"]), torch.randn(4, 8)
     rows = rows_of(model, x)
     assert [rows[p].reached for p in "abc"] == [True] * 3
-    assert [rows[p].moves for p in "abc"] == [True, False, True]
+    assert [rows[p].moves for p in "abc"] == [True, False, True] and "read=[{paths}]" in rows["b"].problems["moves"]
     assert [rows[p].merges for p in "abc"] == [True, False, True]
 
 
@@ -587,15 +585,19 @@ def test_check_after_a_forward_that_raises_leaves_everything_as_it_was():
             self.left -= 1
             return y
 
-    for left in range(12):
+    raised = 0
+    for left in range(20):
         torch.manual_seed(0)
         model = Raises()
         model.left = left
         peftlab.wrap(model, "lora", r=2, targets="q")
         before = everything(model)
-        with pytest.raises(KeyError, match="broken"):
+        try:
             peftlab.check(model, IDS)
+        except KeyError:
+            raised += 1
         assert_untouched(model, before)
+    assert 7 <= raised < 20
 
 
 def test_check_refuses_what_it_cannot_judge():
@@ -765,8 +767,11 @@ def test_watch_does_not_count_skipped_steps_and_lets_scheduled_methods_sleep():
     loop(model, optimizer, 5)  # layers 0 and 1 sleep
     assert not watch.done
     model = peftlab.wrap(net(), "lora", r=2, targets="q")
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.1, fused=True)
     watch = peftlab.watch(model, optimizer, steps=3)
-    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # as GradScaler does after an overflow
     loop(model, optimizer, 1)
-    assert watch.taken == 0
+    assert watch.taken == 0 and len(watch.still) == 6
+    optimizer.found_inf.zero_()
+    loop(model, optimizer, 3)
+    assert watch.done

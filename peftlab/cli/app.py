@@ -17,13 +17,21 @@ from .errors import Broken, UserError, blamed
 Complaint = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     help="Adapt a pretrained model to a task with few parameters, and say what came of it.",
-)  # fmt: skip
+)
 
 Method = Annotated[str, typer.Option(help="A name from `peftlab methods`.")]
-Sets = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="An option of the method, such as r=16; may be repeated.")]
-Targets = Annotated[list[str], typer.Option("--target", metavar="PATTERN", help="Where the method sits, by name or glob; may be repeated.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="An option of the method (or of peftlab.wrap), such as r=16; may be repeated."),
+]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", metavar="PATTERN", help="Where the method sits, by name or glob; may be repeated.")
+]
 Model = Annotated[Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model folder. Default: all-MiniLM-L6-v2.")]
 Data = Annotated[Path | None, typer.Option(metavar="FILE", help="A csv or jsonl file. Default: Rotten Tomatoes sentences.")]
 Task = Annotated[str, typer.Option(help="classify (a text and a label column) or lm (a text column).")]
@@ -42,45 +50,72 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
 
 @app.command()
 def finetune(
-    method: Method = "lora", set_: Sets = [], target: Targets = [], model: Model = None, data: Data = None, task: Task = "classify",  # noqa: B006
+    method: Method = "lora",
+    set_: Sets = None,
+    target: Targets = None,
+    model: Model = None,
+    data: Data = None,
+    task: Task = "classify",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter, the loss curve and the report go.")] = Path("peftlab-out"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away the unfinished run in --out.")] = False,
-    device: Device = "cpu", seed: Annotated[int, typer.Option(help="Of the start values, the order of the data and dropout.")] = 0,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the start values, the order of the data and dropout.")] = 0,
     lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW. Default: a usual one for the method.")] = None,
-    epochs: Epochs = 2, batch: Batch = 16, evals: Evals = 2, max_length: MaxLength = 40, train: Train = 2000, val: Val = 500, test: Test = 1000,
-    text_column: TextColumn = "text", label_column: LabelColumn = "label", prompt_column: PromptColumn = None,
-) -> int:  # fmt: skip
+    epochs: Epochs = 2,
+    batch: Batch = 16,
+    evals: Evals = 2,
+    max_length: MaxLength = 40,
+    train: Train = 2000,
+    val: Val = 500,
+    test: Test = 1000,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    prompt_column: PromptColumn = None,
+) -> int:
     """Adapt a model to a task: plan, train, check, test, save one adapter file, reload it, merge it, draw the loss."""
     from . import finetune as job
     from .work import Options, parse_set
 
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
-    options = Options(method, parse_set(set_, method), target, model, data, task, text_column, label_column, prompt_column, train, val, test,
-                      max_length, device, seed)  # fmt: skip
+    where = dict(model=model, data=data, task=task, text_column=text_column, label_column=label_column, prompt_column=prompt_column)
+    sizes = dict(train=train, val=val, test=test, max_length=max_length)
+    options = Options(method, parse_set(set_ or [], method), target or [], **where, **sizes, device=device, seed=seed)
     settings = {"epochs": epochs, "batch": batch, "evals": evals} | ({} if lr is None else {"lr": positive("--lr", lr)})
     return job.finetune(options, settings, job.Output(out, resume, restart), console())
 
 
 @app.command()
 def compare(
-    method: Annotated[list[str], typer.Option(help="A method to compare; may be repeated. Default: all that fit.")] = [],  # noqa: B006
+    method: Annotated[list[str] | None, typer.Option(help="A method to compare; may be repeated. Default: all that fit.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds (0, 1, ...).")] = 3,
-    lr: Annotated[list[float], typer.Option(help="A learning rate to try; may be repeated. Default: three around each method's usual one.")] = [],  # noqa: B006
+    lr: Annotated[list[float] | None, typer.Option(help="A learning rate to try; may be repeated. Default: three a method.")] = None,
     reference: Annotated[bool, typer.Option(help="Train full fine-tuning as a reference point too.")] = True,
-    model: Model = None, data: Data = None, task: Task = "classify",
+    model: Model = None,
+    data: Data = None,
+    task: Task = "classify",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the table, the figure and the raw numbers go.")] = Path("peftlab-compare"),
-    device: Device = "cpu", epochs: Epochs = 2, batch: Batch = 16, evals: Evals = 2, max_length: MaxLength = 40, train: Train = 2000, val: Val = 500,
-    test: Test = 1000, text_column: TextColumn = "text", label_column: LabelColumn = "label", prompt_column: PromptColumn = None,
-) -> int:  # fmt: skip
+    device: Device = "cpu",
+    epochs: Epochs = 2,
+    batch: Batch = 16,
+    evals: Evals = 2,
+    max_length: MaxLength = 40,
+    train: Train = 2000,
+    val: Val = 500,
+    test: Test = 1000,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    prompt_column: PromptColumn = None,
+) -> int:
     """Compare methods on the same data and seeds: accuracy with its spread, trainable parameters, step time, peak memory."""
     from . import compare as job
     from .work import Options
 
-    options = Options("lora", {}, [], model, data, task, text_column, label_column, prompt_column, train, val, test, max_length, device)
+    where = dict(model=model, data=data, task=task, text_column=text_column, label_column=label_column, prompt_column=prompt_column)
+    options = Options(**where, train=train, val=val, test=test, max_length=max_length, device=device)
     settings = {"epochs": epochs, "batch": batch, "evals": evals}
-    request = job.Request(method or None, list(range(seeds)), [positive("--lr", v) for v in lr], settings, reference)
+    request = job.Request(method or None, list(range(seeds)), [positive("--lr", v) for v in lr or ()], settings, reference)
     return job.compare(options, request, out, console())
 
 
@@ -102,9 +137,12 @@ def methods(family: Annotated[str | None, typer.Option(help="Only this family.")
 
 @app.command()
 def plan(
-    method: Method = "lora", set_: Sets = [], target: Targets = [], model: Model = None,  # noqa: B006
+    method: Method = "lora",
+    set_: Sets = None,
+    target: Targets = None,
+    model: Model = None,
     task: Annotated[str, typer.Option(help="classify (the bare model) or lm (with its language-model head).")] = "classify",
-) -> int:  # fmt: skip
+) -> int:
     """Show where a method would sit and what it would train; reads no weights."""
     import peftlab
 
@@ -113,7 +151,7 @@ def plan(
 
     if task not in ("classify", "lm"):
         raise UserError(f"--task {task}: classify or lm")
-    hyper = parse_set(set_, method) | ({"targets": target} if target else {})
+    hyper = parse_set(set_ or [], method) | ({"targets": target} if target else {})
     net = skeleton(model if model is not None else default_folder(), task)
     with blamed(f"--method {method}"):
         console().print(escape(repr(peftlab.plan(net, method, **hyper))), highlight=False, soft_wrap=True)
@@ -121,7 +159,10 @@ def plan(
 
 
 @app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="An adapter file.")], tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> int:
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter file.")],
+    tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False,
+) -> int:
     """Say what is in an adapter file: methods, options, places, sizes; every tensor is checked against its checksum."""
     from .inspect import inspect as job
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -56,7 +57,7 @@ def fit(X: Tensor, y: Tensor, X_val: Tensor, y_val: Tensor, classes: int, l2s: t
 def probe(X: Tensor, y: Tensor, X_val: Tensor, y_val: Tensor, classes: int) -> tuple[Logistic, float]:
     """Linear probe on features (examples, n): standardised inside, returned for the features as they are."""
     mean, scale = X.mean(0), X.std(0).clamp_min(1e-6)
-    model, l2 = fit((X - mean) / scale, y, (X_val - mean) / scale, y_val, classes, (1e-3, 1e-2, 3e-2, 1e-1, 3e-1))
+    model, l2 = fit((X - mean) / scale, y, (X_val - mean) / scale, y_val, classes, (1e-3, 1e-2, 1e-1, 3e-1, 1, 3))
     weight = model.weight / scale
     return Logistic(weight, model.bias - weight @ mean), l2
 
@@ -80,15 +81,18 @@ class BagOfWords:
                 rows.append(row)
                 columns.append(self.index[term])
                 values.append(value / norm)
-        return torch.sparse_coo_tensor(torch.tensor([rows, columns]), torch.tensor(values), (len(texts), len(self.index))).coalesce()
+        size = (len(texts), len(self.index))
+        return torch.sparse_coo_tensor(torch.tensor([rows, columns]), torch.tensor(values), size, check_invariants=True).coalesce()
 
 
 def _terms(text: str) -> list[str]:
     words = re.findall(r"[\w']+", text.lower())
-    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
-def bag_of_words(train: list[str], y: Tensor, val: list[str], y_val: Tensor, test: list[str], y_test: Tensor, classes: int) -> tuple[float, int]:
+def bag_of_words(
+    train: list[str], y: Tensor, val: list[str], y_val: Tensor, test: list[str], y_test: Tensor, classes: int
+) -> tuple[float, int]:
     """Test accuracy and number of weights of a tf-idf + logistic regression."""
     bag = BagOfWords(train)
     if not bag.index:

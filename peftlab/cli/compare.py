@@ -76,13 +76,20 @@ def _compare(options: Options, request: Request, folder: Path, console: Console)
     names, left = candidates(work, options, request.methods)
     jobs = [(name, replace(options, method=name, hyper={})) for name in names]
     if request.reference:
-        jobs.insert(0, (FULL, replace(options, method="full", hyper={"in_place": True})))
+        jobs.insert(0, (FULL, replace(options, method="full", hyper={"in_place": True, "tie": "share"})))
     base = before(work, say)
     report = {
-        "peftlab": peftlab.__version__, "torch": torch.__version__, "threads": torch.get_num_threads(), **work.facts(),
-        "sizes": {"train": len(work.train), "val": len(work.val), "test": len(work.test)}, "seeds": request.seeds, "before": base,
-        "left_out": dict(left), "methods": [], "runs": [],
-    }  # fmt: skip
+        "peftlab": peftlab.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        **work.facts(),
+        "sizes": {"train": len(work.train), "val": len(work.val), "test": len(work.test)},
+        "seeds": request.seeds,
+        "before": base,
+        "left_out": dict(left),
+        "methods": [],
+        "runs": [],
+    }
     lines = [("linear probe", base["accuracy"])] if "accuracy" in base else [("without adapting", base["loss"])]
     if isinstance(work.task, Classify):
         accuracy, size = bow(work)
@@ -142,11 +149,17 @@ def one_method(name: str, work: Work, options: Options, request: Request, rates:
     values = [r[key] for r in kept]
     peaks = [r["peak_bytes"] for r in kept if r["peak_bytes"] is not None]
     return {
-        "name": name, "reference": name == FULL, "trainable": kept[0]["trainable"], "mean": statistics.fmean(values),
-        "spread": statistics.stdev(values) if len(values) > 1 else None, "lr": best, "step_ms": 1000 * statistics.median(r["step_seconds"] for r in kept),
-        "peak_bytes": statistics.median(peaks) if peaks else None, "file_bytes": kept[0]["file_bytes"],
+        "name": name,
+        "reference": name == FULL,
+        "trainable": kept[0]["trainable"],
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "lr": best,
+        "step_ms": 1000 * statistics.median(r["step_seconds"] for r in kept),
+        "peak_bytes": statistics.median(peaks) if peaks else None,
+        "file_bytes": kept[0]["file_bytes"],
         "train_seconds": statistics.fmean(r["seconds"] for r in kept),
-    }  # fmt: skip
+    }
 
 
 def one_run(work: Work, options: Options, settings: Settings) -> dict | None:
@@ -163,10 +176,21 @@ def one_run(work: Work, options: Options, settings: Settings) -> dict | None:
     scores = task.evaluate(model, work.test)
     history = loop.history
     return {
-        "settings": asdict(settings), "seed": settings.seed, "lr": settings.lr, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "file_bytes": size, "best_step": history.best_step, "val_loss": history.best_loss, "test_loss": scores.loss, "test_accuracy": scores.accuracy,
-        "seconds": history.seconds, "step_seconds": history.step_seconds, "peak_bytes": memory.bytes, "train": history.train, "val": history.val,
-    }  # fmt: skip
+        "settings": asdict(settings),
+        "seed": settings.seed,
+        "lr": settings.lr,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "file_bytes": size,
+        "best_step": history.best_step,
+        "val_loss": history.best_loss,
+        "test_loss": scores.loss,
+        "test_accuracy": scores.accuracy,
+        "seconds": history.seconds,
+        "step_seconds": history.step_seconds,
+        "peak_bytes": memory.bytes,
+        "train": history.train,
+        "val": history.val,
+    }
 
 
 def write(report: dict, folder: Path) -> None:
@@ -184,11 +208,17 @@ def show(report: dict, lines: list[tuple[str, float]], left: list[tuple[str, str
     head = ["method", "trainable", metric, "learning rate", "step", "peak memory", "file", "training"]
     body = [
         [
-            row["name"], f"{row['trainable']:,}", _mean(row, accuracy), f"{row['lr']:.2g}", f"{row['step_ms']:.0f} ms",
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['file_bytes'] / 2**10:,.0f} KiB", f"{row['train_seconds']:.0f} s",
+            row["name"],
+            f"{row['trainable']:,}",
+            _mean(row, accuracy),
+            f"{row['lr']:.2g}",
+            f"{row['step_ms']:.0f} ms",
+            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['file_bytes'] / 2**10:,.0f} KiB",
+            f"{row['train_seconds']:.0f} s",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     body += [[label, "", f"{100 * value:.1f} %" if accuracy else f"{value:.4f}", "", "", "", "", ""] for label, value in lines]
     table = Table(*head)
     for column in table.columns[1:]:
@@ -200,14 +230,17 @@ def show(report: dict, lines: list[tuple[str, float]], left: list[tuple[str, str
     draw.comparison(folder / "compare.png", rows, lines, title, metric)
     sizes, seeds = report["sizes"], report["seeds"]
     facts = [
-        f"{sizes['train']:,} training, {sizes['val']:,} validation and {sizes['test']:,} test examples; {len(seeds)} seeds ({', '.join(map(str, seeds))}); "
+        f"{sizes['train']:,} training, {sizes['val']:,} validation and {sizes['test']:,} test examples; "
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); "
         "the same data for all.",
-        "Mean and standard deviation over seeds. The learning rate of each method is the one of those tried with the lowest validation loss (first seed); "
+        "Mean and standard deviation over seeds. The learning rate of each method is the one of those tried with the lowest "
+        "validation loss (first seed); "
         "the checkpoint is that with the lowest validation loss.",
-        f"Step: median time of a training step ({report['threads']} threads, {report['device']}). Peak memory: above what was in use before training, "
+        f"Step: median time of a training step ({report['threads']} threads, {report['device']}). "
+        "Peak memory: above what was in use before training, "
         "the model itself not counted.",
         f"{FULL}: all parameters, trained in place. torch {report['torch']}, peftlab {report['peftlab']}.",
-    ]  # fmt: skip
+    ]
     draw.page(folder / "compare.html", folder / "compare.png", title, facts, head, body, left)
     write(report, folder)
     console.print(f"figure {folder / 'compare.png'}, page {folder / 'compare.html'}, raw numbers {folder / 'compare.json'}", soft_wrap=True)

@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 INK, GREY, BLUE, RED = "#222222", "#8a8a8a", "#1f5fa8", "#c2410c"
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -40,8 +47,14 @@ def loss_curve(path: Path, train: Sequence[float], val: Sequence[tuple[int, floa
             best = min(val, key=lambda v: v[1])
             axes.axvline(best_step, color=RED, linewidth=0.8, linestyle=":")
             side = "right" if best_step > len(train) / 2 else "left"
-            note = axes.annotate(f"kept: step {best_step}, {best[1]:.3f}", (best_step, best[1]), (-6 if side == "right" else 6, -16),
-                                 textcoords="offset points", ha=side, color=RED)  # fmt: skip
+            note = axes.annotate(
+                f"kept: step {best_step}, {best[1]:.3f}",
+                (best_step, best[1]),
+                (-6 if side == "right" else 6, -16),
+                textcoords="offset points",
+                ha=side,
+                color=RED,
+            )
             note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
         axes.set(xlabel="step", ylabel="loss", title=title)
         axes.margins(x=0.02, y=0.12)
@@ -63,11 +76,22 @@ def comparison(path: Path, rows: list[dict], lines: list[tuple[str, float]], tit
         boxes = []
         for row in rows:
             color = RED if row["reference"] else BLUE
-            axes.errorbar(row["trainable"], row["mean"], yerr=row["spread"] or 0, fmt="s" if row["reference"] else "o", color=color, markersize=6,
-                          capsize=3, linewidth=1.2, elinewidth=1)  # fmt: skip
+            axes.errorbar(
+                row["trainable"],
+                row["mean"],
+                yerr=row["spread"] or 0,
+                fmt="s" if row["reference"] else "o",
+                color=color,
+                markersize=6,
+                capsize=3,
+                linewidth=1.2,
+                elinewidth=1,
+            )
         sizes = [row["trainable"] for row in rows]
         axes.set_xlim(min(sizes) / 2.2, max(sizes) * 3)
-        values = [v for row in rows for v in (row["mean"] - (row["spread"] or 0), row["mean"] + (row["spread"] or 0))] + [v for _, v in lines]
+        values = [v for row in rows for v in (row["mean"] - (row["spread"] or 0), row["mean"] + (row["spread"] or 0))] + [
+            v for _, v in lines
+        ]
         low, high = min(values), max(values)
         pad = max(0.08 * (high - low), 1e-3)
         axes.set_ylim(low - pad, high + pad)
@@ -149,7 +173,9 @@ def _place_line_label(figure: Figure, axes, text: str, y: float, boxes: list[tup
     return best
 
 
-def page(path: Path, png: Path, title: str, facts: list[str], head: list[str], rows: list[list[str]], skipped: list[tuple[str, str]]) -> None:
+def page(
+    path: Path, png: Path, title: str, facts: list[str], head: list[str], rows: list[list[str]], skipped: list[tuple[str, str]]
+) -> None:
     """A self-contained HTML page: the figure, the table, and what was left out."""
     image = base64.b64encode(png.read_bytes()).decode()
     cell = lambda tag, v: f"<{tag}>{html.escape(str(v))}</{tag}>"  # noqa: E731

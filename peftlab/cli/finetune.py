@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 from tqdm import tqdm
 
 import peftlab
@@ -37,22 +38,24 @@ class Output:
     resume: bool = False
     restart: bool = False
 
-    def open(self) -> None:
-        """Make the folder; UserError where it holds an unfinished run that nothing was said about."""
+    def check(self) -> None:
+        """UserError where the folder cannot be used or holds an unfinished run that nothing was said about."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder}: not a folder")
         if self.resume:
             read_state(self.folder)
         elif (self.folder / STATE).exists() and not self.restart:
             raise UserError(f"--out {self.folder} holds an unfinished run: --resume continues it, --restart throws it away")
+
+    def clear(self) -> None:
+        """Make the folder and take an earlier run's results away, so that an interrupted run does not stand beside them."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: {error.strerror}") from error
-        if not self.resume:
-            for name in (FILE, "loss.png", "report.json"):  # an interrupted run must not stand beside the results of another
+            for name in (FILE, "loss.png", "report.json"):
                 (self.folder / name).unlink(missing_ok=True)
             self.tidy()
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: {error.strerror}") from error
 
     def tidy(self) -> None:
         """Remove what only a resumed run needs; the state first, since it names the others."""
@@ -105,36 +108,39 @@ def finetune(options: Options, settings: dict, output: Output, console: Console)
 def _finetune(options: Options, settings: dict, output: Output, diary: Diary) -> int:
     say, report = diary.say, diary.report
     settings = Settings(**{"lr": rate(options.method), "seed": options.seed} | settings)
+    output.check()
     with diary.timed("prepare"):
         work = prepare(options)
-        output.open()
     task = work.task
     sizes = {"train": len(work.train), "val": len(work.val), "test": len(work.test)}
     report |= {"method": options.method, "options": options.hyper, "sizes": sizes, **work.facts(), "settings": asdict(settings)}
-    say(f"[bold]{escape(work.model_name)}[/], {task.name} on {escape(work.split.name)}: "
-        f"{sizes['train']:,} train, {sizes['val']:,} validation, {sizes['test']:,} test examples, at most {task.max_length} tokens")  # fmt: skip
+    say(
+        f"[bold]{escape(work.model_name)}[/], {task.name} on {escape(work.split.name)}: "
+        f"{sizes['train']:,} train, {sizes['val']:,} validation, {sizes['test']:,} test examples, at most {task.max_length} tokens"
+    )
 
-    with diary.timed("before"):
-        report["before"] = before(work, say)
     model = task.load()
     report["parameters"] = sum(p.numel() for p in model.parameters())
-    state = read_state(output.folder)[0] if output.resume else None
-    if state is None:
+    facts = work.facts() | {"method": options.method, "options": options.hyper, "targets": options.targets}
+    state = None
+    if output.resume:
+        state = same_run(read_state(output.folder)[0], facts | asdict(settings))
+        with blamed("--resume"):
+            peftlab.load(model, output.folder / state["adapter"], trainable=True)
+    else:
         with blamed(f"--method {options.method}"):
             say(escape(repr(peftlab.plan(model, options.method, seed=options.seed, **wrap_options(task, options)))))
         attach(model, work, options)
-    else:
-        peftlab.load(model, output.folder / state["adapter"], trainable=True)
+        output.clear()
     report["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trainable with the task's head: {report['trainable']:,}")
 
     with diary.timed("check"):
-        sample = task.batch(work.train[:8])
-        found = peftlab.check(model, **sample.inputs)
-    report["check"] = repr(found)
-    say(f"[green]check[/] {escape(repr(found).splitlines()[-1])}")
+        report["check"] = checked(model, work)
+    say(f"[green]check[/] {escape(report['check'].splitlines()[-1])}")
+    with diary.timed("before"):
+        report["before"] = before(work, say)
 
-    facts = work.facts() | {"method": options.method, "options": options.hyper, "targets": options.targets}
     loop = Loop(model, task, work.train, work.val, settings, output.folder, facts)
     if state is not None:
         loop.load_state()
@@ -167,6 +173,22 @@ def _finetune(options: Options, settings: dict, output: Output, diary: Diary) ->
     return 0
 
 
+def same_run(state: dict, mine: dict) -> dict:
+    """The state, if it is of the run that is asked for; UserError names what differs."""
+    for key in sorted(mine.keys() | state["run"].keys()):
+        if mine.get(key) != state["run"].get(key):
+            raise UserError(f"--resume: the interrupted run had {key} = {state['run'].get(key)}, this one has {mine.get(key)}")
+    return state
+
+
+def checked(model: nn.Module, work: Work) -> str:
+    """The table of `peftlab.check` on a few training examples; Broken names an adapter that does nothing."""
+    try:
+        return repr(peftlab.check(model, **work.task.batch(work.train[:8]).inputs))
+    except peftlab.CheckError as error:
+        raise Broken(" ".join(str(error).split())) from error
+
+
 def before(work: Work, say) -> dict:
     """How far one comes without adapting: a linear probe on the frozen model, or the frozen language model itself."""
     task = work.task
@@ -180,7 +202,10 @@ def before(work: Work, say) -> dict:
     regression, l2 = probe(X["train"], y["train"], X["val"], y["val"], len(task.classes))
     accuracy = regression.accuracy(X["test"], y["test"])
     majority = (y["test"] == y["train"].mode().values).float().mean().item()
-    say(f"[bold]before:[/] test accuracy {100 * accuracy:.1f} % (linear probe on the frozen model; always the commonest class {100 * majority:.1f} %)")
+    say(
+        f"[bold]before:[/] test accuracy {100 * accuracy:.1f} % (linear probe on the frozen model; "
+        f"always the commonest class {100 * majority:.1f} %)"
+    )
     return {"accuracy": accuracy, "l2": l2, "majority": majority}
 
 
@@ -193,7 +218,10 @@ def train(loop: Loop, console: Console) -> bool:
             bar.update()
 
         def on_eval(step: int, loss: float, accuracy: float | None) -> None:
-            bar.write(f"step {step}: validation loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {100 * accuracy:.1f} %"), file=console.file)
+            bar.write(
+                f"step {step}: validation loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {100 * accuracy:.1f} %"),
+                file=console.file,
+            )
 
         return loop.run(on_step, on_eval)
 
@@ -212,8 +240,10 @@ def interrupted(loop: Loop, output: Output, diary: Diary) -> int:
     draw.loss_curve(output.folder / "loss.png", history.train, history.val, kept, f"interrupted at step {history.step}")
     diary.report |= {"interrupted": True, "kept_step": kept, "kept_loss": loss}
     diary.write(output.folder)
-    diary.say(f"interrupted after step {history.step} of {loop.total}: the adapter of step {kept} (validation loss {loss:.4f}) is in {path}; "
-              "the same command with --resume goes on")  # fmt: skip
+    diary.say(
+        f"interrupted after step {history.step} of {loop.total}: the adapter of step {kept} (validation loss {loss:.4f}) is in {path}; "
+        "the same command with --resume goes on"
+    )
     return 130
 
 
@@ -240,7 +270,10 @@ def verify(work: Work, options: Options, path: Path, after: Scores, diary: Diary
     moved = 0 if scores.accuracy is None else int((scores.outputs.argmax(1) != again.outputs.argmax(1)).sum())
     diary.report["merge"] = result(scores) | {"layers": merged.layers, "largest_relative_difference": gap, "predictions_changed": moved}
     if gap <= TOLERANCE:
-        say(f"[green]merge[/] into {merged.layers} layers: test {show(scores)}, outputs differ by at most {gap:.1e} of the largest, {moved} predictions by rounding")
+        say(
+            f"[green]merge[/] into {merged.layers} layers: test {show(scores)}, outputs differ by at most {gap:.1e} "
+            f"of the largest, {moved} predictions by rounding"
+        )
     else:
         problems.append(f"the merged model gives other outputs than the adapted one (by {gap:.3g} of the largest, {moved} predictions)")
     return problems

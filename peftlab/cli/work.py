@@ -64,9 +64,13 @@ class Work:
         """What identifies model and data, for comparing runs."""
         rows = [self.split.train, self.split.val, self.split.test]
         return {
-            "task": self.task.name, "model": self.model_name, "data": self.split.name, "max_length": self.task.max_length,
-            "data_crc": zlib.crc32(repr(rows).encode()), "device": self.task.device.type,
-        }  # fmt: skip
+            "task": self.task.name,
+            "model": self.model_name,
+            "data": self.split.name,
+            "max_length": self.task.max_length,
+            "data_crc": zlib.crc32(repr(rows).encode()),
+            "device": self.task.device.type,
+        }
 
 
 def prepare(options: Options) -> Work:

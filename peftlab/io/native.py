@@ -224,6 +224,9 @@ def _buffers(root: nn.Module) -> dict[str, Tensor]:
     for path, m in walk(root):
         for n, b in m._buffers.items():
             key = join(path, n)
+            shapes = [ledger.buffers[key].shape for path_, _, ledger in known if not path_ and key in ledger.buffers]
+            if b is not None and shapes and b.shape != shapes[0]:
+                raise ValueError(f"{key!r} has shape {tuple(b.shape)} instead of {tuple(shapes[0])}: an empty or partial shard; gather the model before saving")
             if b is not None and (id(b) in changed or _moved(known, key, b)):
                 found[key] = b
     return found

@@ -6,6 +6,8 @@ own bytes. At any time one base tensor, its merged value and one site's adapter 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -31,6 +33,7 @@ from .file import LoadError, checksum, read_header
 from .native import _class_of, _differs, _fill, _filled, _mismatch, _options, _owns, _rows_back
 
 INDEX = "model.safetensors.index.json"
+TRIM = 1 << 24  # bytes
 ADDED = "added.safetensors"  # adapted tensors that the model folder does not have, such as a new head
 FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")  # other copies of the weights, then out of date
 DTYPES = {
@@ -56,7 +59,8 @@ class FileMergeReport:
         changed = sum(delta > 0 for _, delta in self.rows)
         biggest = max((delta for _, delta in self.rows), default=0.0)
         lines = [f"{self.out}: {', '.join(self.adapters)} merged into {changed} of {len(self.rows)} adapted tensors "
-                 f"(largest change {biggest:.3e}) in {self.shards} shards; the largest tensor has {self.largest_bytes:,} bytes"]  # fmt: skip
+                 f"(largest change {biggest:.3e}) in {self.shards} shards; "
+                 f"the largest tensor has {self.largest_bytes:,} bytes"]  # fmt: skip
         if self.added:
             lines.append(f"not in the model, written to {ADDED}: {', '.join(self.added)}")
         if self.inactive:
@@ -236,7 +240,7 @@ class _Job:
     def __init__(self, header: dict, chosen: list[dict], shards: Shards, tensors: Tensors):
         self.header, self.chosen, self.shards, self.tensors = header, chosen, shards, tensors
         self.others = [_owns(a) for a in header["adapters"] if a not in chosen]
-        self.largest = 0
+        self.largest = self.freed = 0
         self.replacing = [*header["buffers"], *header["included"]]
         hosts: dict[str, nn.Module] = {}
         for a in chosen:
@@ -333,7 +337,11 @@ class _Job:
                 if old is not None:
                     self.largest = max(self.largest, old.numel() * old.element_size())
             for param, p in list(host._parameters.items()):
+                self.freed += p.numel() * p.element_size()
                 host._parameters[param] = nn.Parameter(p.detach().to("meta"), requires_grad=False)
+            stack = originals = value = old = p = None
+            if self.freed > TRIM:
+                self.freed = _trim()
             step(path)
         for key in rest:
             place = self.key(key)
@@ -389,11 +397,18 @@ class _Job:
         tied = any(s.get("tie") == "share" for a in self.chosen for s in a["sites"] if s["host"] == path and s.get("param") == param)
         if tied:  # a folder may hold both ends of a tied tensor
             place = self.shards.places[keys[0]]
-            keys += [k for k, p in self.shards.places.items()
-                     if k != keys[0] and (p.dtype, p.shape) == (place.dtype, place.shape) and torch.equal(self.shards.read(k), old)]  # fmt: skip
+            alike = [k for k, p in self.shards.places.items() if k != keys[0] and (p.dtype, p.shape) == (place.dtype, place.shape)]
+            keys += [k for k in alike if torch.equal(self.shards.read(k), old)]
         for key in keys:
             self.shards.write(to, key, value)
         return keys[0], _change(old, value)
+
+
+def _trim() -> int:
+    """Give freed pages back to the system: glibc keeps those of tensors below 32 MiB, which would add up to the model's size."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return 0
 
 
 def _change(old: Tensor, new: Tensor) -> float:
@@ -410,7 +425,17 @@ class _Adapter:
         self.sites = [_site(hosts[s["host"]], s) for s in entry["sites"]]
         view = Model.of(nn.Module())
         request = _Request(
-            view, cls, entry["method"], entry["name"], self.sites, {}, [hypers[s["settings"]] for s in entry["sites"]], entry["seed"], None, None, {}
+            view,
+            cls,
+            entry["method"],
+            entry["name"],
+            self.sites,
+            {},
+            [hypers[s["settings"]] for s in entry["sites"]],
+            entry["seed"],
+            None,
+            None,
+            {},
         )
         self.recipes: list[Recipe] = list(request.recipes("cpu"))
         common = self.recipes[0].common
@@ -441,8 +466,8 @@ def _site(host: nn.Module, facts: dict) -> Site:
         raise ValueError(f"{facts['host']!r}: a layer of the kind {facts['rule']!r} has no weight on disk that could be merged into")
     return Site(
         host, join(facts["host"], facts.get("key", "")), facts.get("key", ""), facts["kind"], facts.get("param"), facts.get("bias"),
-        RULES[facts["rule"]], _rows_back(facts.get("rows")), _rows_back(facts.get("bias_rows")), facts.get("expert"), facts.get("transposed", False),
-        True, n_out=facts["size"][0], n_in=facts["size"][1], shape=tuple(facts["shape"]),
+        RULES[facts["rule"]], _rows_back(facts.get("rows")), _rows_back(facts.get("bias_rows")), facts.get("expert"),
+        facts.get("transposed", False), True, n_out=facts["size"][0], n_in=facts["size"][1], shape=tuple(facts["shape"]),
     )  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
     W' = W + s P diag(E) Q        P (n_out, init_r), E (init_r,) = 0, Q (init_r, n_in), s = alpha / init_r
 
-`schedule` drives it: after every step the importance of each triplet (P_i, E_i, Q_i) is updated, and every delta_t steps the least
+`schedule` drives it: after every step the importance of each triplet (P_i, E_i, Q_i) is updated (a mean over steps
+with beta1, its uncertainty with beta2), and every delta_t steps the least
 important entries of E over all sites become zero, so that their number falls from the sum of init_r to the sum of r along a cubic curve.
 The first tinit and the last tfinal steps are left out (below 1: a share of all steps; from 1 on: a number of steps); in the last
-tfinal the choice is frozen. The regulariser orth (|P'P - I|^2 + |QQ' - I|^2) is added to the gradient by `schedule` too.
+tfinal the choice is frozen. The regulariser orth (|P^T P - I|^2 + |Q Q^T - I|^2) is added to the gradient by `schedule` too.
 
 Trains: init_r * (n_in + n_out + 1)
 Structure: rank(W' - W) <= init_r; in the end at most the sum of r entries of E are nonzero over all sites

@@ -1,8 +1,8 @@
 """DoRA: a low-rank change of a weight's direction, and a magnitude for every output.
 
-    W' = diag(m / |V|) V,  V = W + s B A        m (n_out,) = |W|, A (r, n_in), B (n_out, r) = 0, s = alpha / r
+    W' = diag(m / |V|) V,  V = W + s B A        m (n_out,) = |W|, A (r, n_in), B (n_out, r) = 0
 
-|V| is the norm of every row; no gradient flows through it.
+s = alpha / r, or alpha / sqrt(r) if rank_stabilized. |V| is the norm of every row; no gradient flows through it.
 
 Trains: r * (n_in + n_out) + n_out
 Structure: |W'_i| = |m_i| for every row i

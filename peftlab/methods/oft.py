@@ -1,12 +1,12 @@
 """OFT: the input rotated, block by block.
 
-    W' = W R',  R = blockdiag(R_1, ...),  R_i = (I + Q_i)(I - Q_i)^-1        Q_i (b, b) skew = 0
+    W' = W R^T,  R = blockdiag(R_1, ...),  R_i = (I + Q_i)(I - Q_i)^-1        Q_i (b, b) skew = 0
 
 Q holds the strict upper triangles, row by row. block_size b divides n_in; without it and without `blocks` it is the largest divisor of
 n_in not above 32.
 
 Trains: n_in * (size(n_in, blocks, block_size) - 1) // 2
-Structure: W' W'' = W W' for the Gram matrix of the rows: norms and angles are kept
+Structure: the Gram matrix of the rows is that of W: their norms and angles are kept
 Family: orthogonal
 Paper: Qiu et al. 2023, arXiv 2306.07280 (Cayley form); on the input side as in OFTv2, Qiu et al. 2025, arXiv 2506.19847
 Differs: the Cayley map is exact (a solve), OFTv2 truncates its Neumann series. Blocks that do not divide are refused.

@@ -8,7 +8,7 @@ n entries at every site, or a share `density` of them.
 Trains: count(numel, density, n)
 Structure: at most n entries of W' - W are nonzero
 Family: selective
-Paper: FISH mask, Sung et al. 2021, arXiv 2111.09839, sec. 3
+Paper: FISH mask, Sung et al. 2021, arXiv 2111.09839
 Aliases: fish = dict(select="fisher")
 Differs: FISH sums squared gradients of single examples; here of the given batches, which is the same with batches of one.
 """

@@ -1,6 +1,6 @@
 """Orthogonal matrices from skew ones.
 
-Legend: u (..., b (b - 1) / 2) the strict upper triangle, row by row; Q, R (..., b, b).
+Legend: u (..., b (b - 1) / 2) the strict upper triangle, row by row; Q, R (..., b, b); X' the transpose.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Matrices that are sparse in the two-dimensional Fourier basis.
 
 Legend: c (n,) real coefficients; index (n,) flat positions u * n_in + v in an (n_out, n_in) spectrum. The inverse transforms carry the
-factors 1 / n_out and 1 / n_in.
+factors 1 / n_out and 1 / n_in; X' is the transpose.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Divisors, and products with a Kronecker matrix that is never formed.
 
-Legend: C (l, p), D (k, q), so C kron D is (l k, p q).
+Legend: C (l, p), D (k, q), so C kron D is (l k, p q); X' the transpose.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Low-rank factors of a matrix: truncated SVD with a stated error, starting factors, running principal components.
 
-Legend: W (m, n); r rank; U (m, r), S (r,), Vh (r, n) with W ~ U diag(S) Vh; A (r, n), B (m, r) with B A a rank-r matrix.
+Legend: W (m, n); r rank; U (m, r), S (r,), Vh (r, n) with W ~ U diag(S) Vh; A (r, n), B (m, r) with B A a rank-r matrix; X' the transpose.
 Everything is computed in float32 or better, on the device of W, and draws from generators of its own.
 """
 
