@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .host import CHILD, Site, as_kind, install, swap_out
+from .host import CHILD, Site, as_kind, follow, install, swap_out
 from .method import Base, Method
 
 KEEP_BUFFERS = 1 << 20  # entries; larger persistent buffers are watched but not copied
@@ -112,12 +112,16 @@ def _gradients(model: nn.Module, pairs, data, loss) -> set[int]:
     by_host: dict[int, list] = {}
     for site, _ in pairs:
         by_host.setdefault(id(site.host), []).append((as_kind(site, Site), _Probe(site)))
-    before = [(ps[0][0].host, ps[0][0].host.__class__, ps[0][0].host._modules.get(CHILD)) for ps in by_host.values()]
-    reads = [stack.read if stack is not None else False for _, _, stack in before]
+    touched = {id(h): h for ps in by_host.values() for s, _ in ps for h in (s.host, *(o for o, _ in s.tied if s.shared))}
+    before = [(h, h.__class__, h._modules.get(CHILD)) for h in touched.values()]
+    states = [(stack.read, dict(stack.alias)) if stack is not None else None for _, _, stack in before]
     seen: set[int] = set()
     try:
         for ps in by_host.values():
             install(PROBE, ps)
+            for site, _ in ps:
+                if site.shared:
+                    follow(site)
         tensors = [p.D for ps in by_host.values() for _, p in ps]
         where = {(id(s.host), s.key): (s, m) for s, m in pairs}
         asked = [where[id(s.host), s.key] for ps in by_host.values() for s, _ in ps]
@@ -131,10 +135,12 @@ def _gradients(model: nn.Module, pairs, data, loss) -> set[int]:
                         method.observe_grad(Base(site, (), method.common), g)
                         seen.add(id(site))
     finally:
-        for (host, cls, stack), read in zip(before, reads, strict=True):
-            host._modules[CHILD].drop(PROBE)
-            if stack is None:
+        for (host, cls, stack), state in zip(before, states, strict=True):
+            if PROBE in host._modules[CHILD].sites:
+                host._modules[CHILD].drop(PROBE)
+            if state is None:
                 swap_out(host)
             else:
-                stack.read, host.__class__ = read, cls
+                stack.read, stack.alias = state
+                host.__class__ = cls
     return seen

@@ -533,7 +533,7 @@ def _move(t: _Trial) -> None:
         felt = any(id(p) in sensitive for p in s.tensors.values())
         s.row.moves = whole and ((same and felt) or _moves_alone(t, s))
         if not s.row.moves and felt:
-            s.row.fail("moves", "it has a gradient, but no effect in eval without gradients, where its weight is read: wrap(..., read=[{paths}])")
+            s.row.fail("moves", "a gradient, but no effect in eval without gradients, where its weight is read: wrap(..., read=[{paths}])")
         elif not s.row.moves:
             s.row.fail("moves", "a change of its tensors does not change the output of this batch in eval mode")
         elif s.row.reached is False and acts(s.module, "step"):
@@ -702,6 +702,15 @@ def _blame(rows: list[_Subject], culprit: nn.Module | None) -> list[_Subject]:
 # ---------------------------------------------------------------- the first steps
 
 
+def local(t: Tensor) -> Tensor:
+    """This process's part of a shard of FSDP2, or the tensor."""
+    return t.to_local() if type(t).__name__ == "DTensor" else t.detach()
+
+
+def _value(t: Tensor) -> int:
+    return bits(local(t) + 0)  # + 0: a zero has one sign
+
+
 class Watch:
     """A hook on an optimizer that raises unless every watched tensor has moved after `steps` steps; then it removes itself."""
 
@@ -718,7 +727,7 @@ class Watch:
         if missing:
             what = "is empty" if not mine else f"lacks {len(missing)} of {len(there)} adapter tensors"
             raise ValueError(f"the optimizer {what}, they would never move: {listed(missing)}. Build it after wrap and load.")
-        self.still = {k: bits(p.detach() + 0) for k, (p, _) in there.items()}  # + 0: a zero has one sign
+        self.still = {k: _value(p) for k, (p, _) in there.items() if local(p).numel()}
         self.handle = optimizer.register_step_post_hook(self._after)
 
     def _tensors(self) -> dict[str, tuple[Tensor, nn.Module]]:
@@ -731,7 +740,7 @@ class Watch:
             return
         self.taken += 1
         there = self._tensors()
-        for k in [k for k in self.still if k not in there or bits(there[k][0].detach() + 0) != self.still[k]]:
+        for k in [k for k in self.still if k not in there or _value(there[k][0]) != self.still[k]]:
             del self.still[k]
         if self.taken < self.steps and self.still:
             return
@@ -740,8 +749,8 @@ class Watch:
         stuck = [k for k in self.still if there[k][0].grad is not None or not getattr(there[k][1], "scheduled", False)]
         if stuck:
             idle = [k for k in stuck if there[k][0].grad is None]
-            why = f" {len(idle)} of them have no gradient: check(model, batch) says why." if idle else " The learning rate or the gradient is zero."
-            raise RuntimeError(f"{len(stuck)} adapter tensors have not moved in {self.taken} optimizer steps: {listed(stuck)}.{why}")
+            why = f"{len(idle)} have no gradient, check(model, batch) says why" if idle else "the learning rate or the gradient is zero"
+            raise RuntimeError(f"{len(stuck)} adapter tensors have not moved in {self.taken} optimizer steps: {listed(stuck)}; {why}")
 
     @property
     def done(self) -> bool:

@@ -52,10 +52,16 @@ class Site:
     n_in: int = 0
     shape: tuple[int, ...] = ()
     tied: tuple = field(default=(), repr=False)  # (host, parameter) pairs that share the storage
+    shared: bool = False  # ... and that are to see the same change
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def dense(self) -> bool:
+        """Whether only the definition serves: a slice, or one tensor of several."""
+        return self.kind == "tensor" or self.key != "" or self.rows is not None
 
     @property
     def has_bias(self) -> bool:
@@ -97,7 +103,7 @@ class Site:
     def put(self, piece: Tensor, W: Tensor) -> Tensor:
         """W back into (a new tensor of) the raw layout."""
         if self.kind != "matrix":
-            return W
+            return layers.keep_padding(self.host, W, piece) if self.param == "weight" else W
         if self.rows is not None:
             whole = piece.t() if self.transposed else self.rule.matrix(self.host, piece)
             W = _with_rows(whole, self.rows, W)
@@ -157,20 +163,19 @@ class Stack(nn.Module):
     lossy: tuple[str, ...]  # merged with keep=False: the tensors hold them for good
     silent: bool  # inside `disabled`
     read: bool  # weights are seen through properties instead of through the call
-    dense: bool  # some active site has only its definition (a slice, a whole tensor)
     made: dict[tuple, Links]  # links by what is active and merged
     history: deque[tuple[int, Links]]  # what acted until when, for forwards that backward will run again
     lost: int  # until when it is forgotten what acted
     alias: dict[str, tuple[nn.Module, str]]  # tied parameters that follow another host's adapters
-    untied: set[str]  # tied parameters of which this end alone is adapted
+    untied: dict[str, nn.Parameter | None]  # tied parameters of which this end alone is adapted; what it shared, while it has its own
     unready: set[str]  # adapters built on meta whose start values are still to come
 
     def __init__(self, read: bool):
         super().__init__()
         self.sites, self.active, self.merged, self.lossy = {}, (), (), ()
         self.links, self.made, self.history, self.lost = NOTHING, {}, deque(maxlen=REMEMBERED), 0
-        self.silent, self.read, self.dense = False, read, False
-        self.alias, self.untied, self.unready = {}, set(), set()
+        self.silent, self.read = False, read
+        self.alias, self.untied, self.unready = {}, {}, set()
 
     # ---- adapters
     def add(self, name: str, pairs: list[tuple[Site, Method]]) -> None:
@@ -217,7 +222,6 @@ class Stack(nn.Module):
         if links is not self.links:
             self._remember(torch._C._autograd._get_sequence_nr(), links)
             self.links = links
-        self.dense = any(s.key != "" or s.kind != "matrix" or s.rows is not None for s, _ in links.weights)
 
     def _links(self) -> Links:
         acting = [p for n in self.active if n not in self.merged for p in self.sites[n]]
@@ -266,6 +270,11 @@ class Stack(nn.Module):
         if self.unready:
             self.materialise()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if any(k.startswith(f"{prefix}{n}.") for n in self.unready for k in state_dict):
+            self.materialise()  # before the caller's values come over the start values, not after
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def materialise(self, weights_known: bool = True) -> None:
         """Give adapters that were built on meta their start values once their tensors are real (`to_empty`, `assign=True`)."""
@@ -470,7 +479,7 @@ def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     if method.on == "module":
         return method(Base(site, links[:-1], method.common), *args, **kwargs)
     x, rest, kwargs = _first(args, kwargs)
-    if rest or kwargs or host._modules[CHILD].dense:
+    if rest or kwargs or any(s.dense for s, _ in links):
         return _defined(host, links, x, rest, kwargs)
     return method(Base(site, links[:-1], method.common), x)
 
@@ -534,7 +543,9 @@ def _seen(name: str) -> property:
             return raw
         refuse_lost_gradients(host, stack)
         try:
-            return effective(host, param, weights).to(raw.dtype)
+            value = effective(host, param, weights).to(raw.dtype)
+            # torch shortens rows in place where there is a max_norm: hand out what nobody owns.
+            return value.clone() if getattr(host, "max_norm", None) is not None else value
         except AttributeError as e:  # nn.Module.__getattr__ would swallow it and hand out the frozen tensor
             raise RuntimeError(f"an adapter failed while {name!r} was read: {e}") from e
 
@@ -546,7 +557,7 @@ def _flat_weights() -> property:
         return [getattr(self, n) if n in self._parameters else None for n in self._flat_weights_names]
 
     def put(self, value):  # torch hands in what it read, which is not ours to keep: copies of the module need leaves
-        self._flat_weights = [self._parameters.get(n) for n in self._flat_weights_names]
+        self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
 
     return property(get, put)
 
@@ -604,18 +615,24 @@ def swap_in(host: nn.Module, read: bool, seen: tuple[str, ...]) -> Stack:
 def install(name: str, pairs: list[tuple[Site, Method]]) -> Stack:
     """Put the methods of one adapter into the module that they share."""
     host = pairs[0][0].host
-    read = any(s.read_only for s, _ in pairs) or (any(s.kind == "tensor" for s, _ in pairs) and not runs_whole(host))
-    stack = swap_in(host, read, seen_by(pairs))
+    stack = swap_in(host, any(s.read_only for s, _ in pairs), seen_by(pairs))
     if stack.read:  # an adapter of an earlier call may have been seen through the call until now
         swap_in(host, True, seen_by([p for ps in stack.sites.values() for p in ps]))
     stack.add(name, pairs)
     return stack
 
 
+def follow(site: Site) -> None:
+    """The other ends of a tied tensor show what the adapted end shows."""
+    for host, param in site.tied:
+        stack = swap_in(host, True, (param,))
+        stack.alias.setdefault(param, (site.host, site.param))
+
+
 def runs_whole(host: nn.Module) -> bool:
     """Whether the module's call can be run functionally with any of its tensors changed."""
     rule, stack = layers.rule_of(host), host._modules.get(CHILD)
-    known = rule is not None and rule.call and set(host._parameters) <= {"weight", "bias"}
+    known = rule is not None and rule.call and rule is not layers.OPAQUE and set(host._parameters) <= {"weight", "bias"}
     return known and layers.surrounds(host, original_class(host)) and not (stack is not None and stack.read)
 
 

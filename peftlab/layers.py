@@ -175,12 +175,7 @@ class Embedding(Rule):
         return raw.t()
 
     def raw(self, m, W, before):
-        out = W.t()
-        pad = getattr(m, "padding_idx", None)
-        if pad is None:
-            return out
-        is_pad = torch.arange(out.shape[0], device=out.device) == pad
-        return torch.where(is_pad[:, None], before.to(out.dtype), out)
+        return keep_padding(m, W.t(), before)
 
     def ready(self, m):
         return m.max_norm is None and not m.scale_grad_by_freq
@@ -199,6 +194,15 @@ class Embedding(Rule):
             return y
         row = m._parameters["weight"][m.padding_idx]
         return torch.where((x == m.padding_idx)[..., None], row.to(y.dtype), y)
+
+
+def keep_padding(m: nn.Module, table: Tensor, before: Tensor) -> Tensor:
+    """An embedding's table with the padding row it had; other layers' tensors as they are."""
+    pad = m.padding_idx if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) else None
+    if pad is None:
+        return table
+    is_pad = torch.arange(table.shape[0], device=table.device) == pad
+    return torch.where(is_pad[:, None], before.to(table.dtype), table)
 
 
 class Bilinear(Matrix):

@@ -203,9 +203,9 @@ def mode_of(view: Model, stack: Stack, site: Site, m: Method) -> str:
         return "call"
     if stack.read:
         return f"read ({_why_read(view, site)})"
-    if stack.dense:
-        part = site.rows is not None or site.key != ""
-        return f"call (dense: {'a part of the weight is adapted' if part or site.kind == 'matrix' else 'a tensor is adapted as it is'})"
+    if site.dense or any(s.dense for s, _ in stack.links.weights):
+        part = site.kind == "matrix" and site.dense
+        return f"call (dense: {'a part of the weight is adapted' if part else 'a tensor is adapted as it is, here or beside it'})"
     return "call" if type(m).forward is not Method.forward else "call (dense: the method is its definition alone)"
 
 

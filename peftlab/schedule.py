@@ -66,7 +66,7 @@ class Schedule:
         there = adapter_modules(root)
         own = {f"{key}.{k}": p for _, key, s, m in there for k, p in tensors_of(s, m).items() if p.requires_grad}
         if own and not any(id(p) in mine for p in own.values()):
-            raise ValueError(f"the optimizer holds none of this model's adapter tensors: {listed(list(own))}. Build it after wrap and load.")
+            raise ValueError(f"the optimizer holds none of this model's adapter tensors, {listed(list(own))}: build it after wrap and load")
         here = {id(m): stack for _, _, stack in stacks(root) for pairs in stack.sites.values() for _, m in pairs}
         ours = {name for name, _, s, m in there if any(id(p) in mine for p in tensors_of(s, m).values())}
         acting = {name for name, _, _, m in there if acts(m, "step") or acts(m, "penalty")} & ours
@@ -240,7 +240,14 @@ def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps:
 # ---------------------------------------------------------------- parameter groups
 
 
-def param_groups(model: nn.Module, lr: float, *, b_ratio: float | None = None, embedding_lr: float | None = None, weight_decay: float = 0.0) -> list[dict]:
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    b_ratio: float | None = None,
+    embedding_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict]:
     """Parameter groups for any torch optimizer, with every trainable parameter of the model in exactly one.
 
     Groups, by name: "embedding" (tensors that change an embedding, where `embedding_lr` is given), "fast" (the tensors that a method

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import SHARED, Adapted, Site, Stack, original_class, walk
+from .host import Site, Stack, original_class, runs_whole, walk
 from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
 from .registry import names as registered
@@ -74,23 +74,32 @@ def candidates(model: Model, cls: type[Method], split: Mapping, layout: Mapping,
         if cls.on == "module":
             yield Site(m, paths[0], kind="module", param=None, names=tuple(paths))
         elif cls.on == "tensor":
-            yield from _tensors(m, paths)
+            yield from _tensors(m, paths, _is_read(model, m, read, used))
         else:
-            yield from _matrices(model, m, paths, split, layout, read, used)
+            yield from _matrices(m, paths, split, layout, _is_read(model, m, read, used), used)
     for what, given in (("split", split), ("layout", layout), ("read", dict.fromkeys(read))):
-        for pattern in given if cls.on == "matrix" else ():
+        if cls.on != "matrix" and what != "read":
+            continue  # these say something about matrices, which the method does not look at
+        for pattern in given:
             if not used[what, show(pattern)]:
                 there = [p for ps in model.paths.values() for p in ps if p]
                 raise PatternError(f"{what}: {show(pattern)} matches nothing.{did_you_mean(str(pattern), there)}")
 
 
-def _tensors(m: nn.Module, paths: list[str]) -> Iterable[Site]:
+def _tensors(m: nn.Module, paths: list[str], read_only: bool) -> Iterable[Site]:
+    ancestors = tuple(a for path in paths for a in _ancestors(path))
+    read_only = read_only or not runs_whole(m)
     for name, p in m._parameters.items():
-        if p is None or not p.is_floating_point():
-            continue
-        ancestors = [a for path in paths for a in _ancestors(path)]
-        own = [join(path, name) for path in paths]
-        yield Site(m, own[0], key=name, kind="tensor", param=name, names=tuple(own + ancestors), shape=tuple(p.shape), read_only=True)
+        if p is not None and p.is_floating_point():
+            own = tuple(join(path, name) for path in paths)
+            yield Site(m, own[0], name, "tensor", name, names=own + ancestors, shape=tuple(p.shape), read_only=read_only)
+
+
+def _is_read(model: Model, m: nn.Module, read: list, used: Counter) -> bool:
+    """Whether this module's weight is read without the module being called, by a parent we know or as the caller says."""
+    wanted = [p for p in read if any(matches(p, path, m) for path in model.paths[id(m)])]
+    used.update(("read", show(p)) for p in wanted)
+    return bool(wanted) or _reads_children(model, m)
 
 
 def _ancestors(path: str) -> list[str]:
@@ -98,15 +107,10 @@ def _ancestors(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
 
 
-def _matrices(model: Model, m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, read: list, used: Counter) -> Iterable[Site]:
+def _matrices(m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, read_only: bool, used: Counter) -> Iterable[Site]:
     cls = original_class(m)
     rule = layers.rule_of(m)
     covered: set[str] = set()
-    read_only = _reads_children(model, m)
-    for pattern in read:
-        if any(matches(pattern, p, m) for p in paths):
-            used["read", show(pattern)] += 1
-            read_only = True
     if rule is not None:
         covered |= {"weight", "bias"}
         bias = rule.bias if rule.bias and m._parameters.get(rule.bias) is not None else None
@@ -416,8 +420,12 @@ def _alternatives(model: Model, hosts: list[nn.Module]) -> str:
 
 
 def _under(pattern, site: Site, model: Model) -> bool:
-    """Whether a pattern means this site or anything it lies in."""
-    return any(matches(pattern, a, model.at.get(a, site.host)) for n in site.names for a in _ancestors(n) if a)
+    return any(under(pattern, n, model.at, site.host) for n in site.names)
+
+
+def under(pattern, path: str, at: Mapping[str, nn.Module], host: nn.Module) -> bool:
+    """Whether a pattern means this path or anything it lies in; `at` gives the modules by path."""
+    return any(matches(pattern, a, at.get(a, host)) for a in _ancestors(path) if a)
 
 
 def _without(model: Model, found: list[Site], there: list[Site], patterns: list) -> list[Site]:
@@ -468,10 +476,14 @@ def _in_layers(model: Model, found: list[Site], chosen, of: str | None) -> list[
     return [s for s in found if any(s.path == p or s.path.startswith(p + ".") for p in prefixes)]
 
 
+NARROW = 8  # a linear layer whose smaller side is below this is a gate, a router or a regressor, not a place for a weight method
+
+
 def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[Site]:
     """For weight methods, every linear-like layer but the output head; where a model has none, its convolutions and recurrent weights.
 
-    A method that fits only embeddings takes these, and a method on any tensor or call takes all it fits.
+    Layers with a side below `NARROW` (gates, routers) are left out where wider ones remain. A method that fits only embeddings takes
+    these, and a method on any tensor or call takes all it fits.
     """
     if cls.on != "matrix":
         return there
@@ -481,6 +493,7 @@ def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[
     heads = head(model)
     for pool in (linear, rest):
         kept = [s for s in pool if s.host not in heads]
+        kept = [s for s in kept if min(s.n_out, s.n_in) >= NARROW] or kept
         if kept:
             return kept
     return linear + rest or [s for s in usable if isinstance(s.rule, layers.Embedding)]
@@ -559,7 +572,7 @@ def resolve_ties(model: Model, sites: list[Site], tie: str | None, label: str) -
                 f"{join(model.path(s.host), s.param)!r} and {where!r} are one tensor (tied): {label} at {s.path!r} would act on one end only. "
                 "Say tie='share' (both ends see the change) or tie='untie' (only this end), or exclude it."
             )
-        s.tied = tuple(others)
+        s.tied, s.shared = tuple(others), tie == "share"
         s.read_only = s.read_only or tie == "share"
         key = (storage(p), s.key if s.rows is not None or s.expert is not None else None)
         if tie == "share" and key in shared:
@@ -573,6 +586,3 @@ def ensure_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     return model
-
-
-__all__ = ["SHARED", "Adapted", "Model", "candidates", "default_targets", "ensure_module", "join", "resolve_ties", "select", "settings", "storage"]

@@ -75,7 +75,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if lossy:
         raise ValueError(f"{lossy[0]!r} was merged with keep=False: the base bits are gone")
     swapped = [(_owners(host, s, p), s._buffers[STASH + p]) for _, host, s in found for p in _stashed(s)]
-    swapped += [([b], old) for b, old in _changed_buffers(model)]
+    swapped += [([b], old.clone()) for b, old in _remembered(model)]  # a copy: training mode would move what is remembered
 
     def turn(silent: bool) -> None:
         for _, _, s in found:
@@ -94,16 +94,20 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         turn(False)
 
 
-def _changed_buffers(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """(buffer, its value before wrap) of persistent base buffers that have changed since, such as BatchNorm statistics."""
+def _remembered(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(buffer, its value before wrap) of the base's persistent buffers, such as BatchNorm statistics."""
     for _, m, ledger in ledgers(model):
         there = {join(path, n): b for path, sub in walk(m) for n, b in sub._buffers.items() if b is not None}
         for path, old in ledger.buffers.items():
             b = there.get(path)
             if b is not None and b.shape == old.shape:
-                old = ledger.buffers[path] = old.to(b.device, b.dtype)
-                if not torch.equal(b, old):
-                    yield b, old
+                ledger.buffers[path] = old.to(b.device, b.dtype)
+                yield b, ledger.buffers[path]
+
+
+def _changed_buffers(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those that have changed since."""
+    return ((b, old) for b, old in _remembered(model) if not torch.equal(b, old))
 
 
 # ---------------------------------------------------------------- merging
@@ -163,6 +167,10 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
     """
     found = stacks(ensure_module(model))
     outside_disabled(model)
+    for path, _, s in found:
+        s.current()  # start values that are still to come are made now
+        if any(site.device.type == "meta" for pairs in s.sites.values() for site, _ in pairs):
+            raise ValueError(f"{path!r} is on the meta device: it has no values to merge")
     chosen = _mergeable(model, found, names)
     todo = _to_merge(found, chosen, unload)
     if not keep:  # without the frozen bits there is no way back, so look before leaping
@@ -218,7 +226,7 @@ def _fold(todo: list, keep: bool) -> list[tuple[str, str, float]]:
     try:
         for path, host, s, new in todo:
             before = (s.merged, {p: s._buffers[STASH + p] for p in _stashed(s)})
-            done.append((host, s, before, unload_ties(host, s) if s.untied else {}))
+            done.append((host, s, before, unload_ties(host, s)))
             for param, value in _merged_tensors(path, host, s, _kept(s, new)):
                 rows.append((path, param, _store(host, s, param, value)))
             s.merged = tuple(n for n in s.order if n in {*s.merged, *new})
@@ -262,13 +270,13 @@ def _refuse_nothing(rows: list, todo: list) -> None:
                     raise ValueError(f"merging {new} changes no layer: the change at {path!r} is lost in the rounding of {raw.dtype}")
 
 
-def unload_ties(host: nn.Module, stack: Stack) -> dict[str, nn.Parameter]:
-    """Give an untied end a tensor of its own; returns what it shared."""
-    shared = {}
-    for param in stack.untied:
-        shared[param] = host._parameters[param]
-        host._parameters[param] = nn.Parameter(shared[param].detach().clone(), requires_grad=shared[param].requires_grad)
-    return shared
+def unload_ties(host: nn.Module, stack: Stack) -> list[str]:
+    """Give an untied end a tensor of its own; returns the parameters that got one."""
+    split = [param for param, shared in stack.untied.items() if shared is None]
+    for param in split:
+        old = stack.untied[param] = host._parameters[param]
+        host._parameters[param] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+    return split
 
 
 def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -313,12 +321,12 @@ def _owners(host: nn.Module, stack: Stack, param: str) -> list[nn.Parameter]:
     return list({id(p): p for p in [raw, *(h._parameters[n] for h, n in tied)]}.values())
 
 
-def _restore(host: nn.Module, stack: Stack, merged: tuple, kept: dict[str, Tensor], rebound: dict) -> None:
+def _restore(host: nn.Module, stack: Stack, merged: tuple, kept: dict[str, Tensor], rebound: list[str]) -> None:
     for param in _stashed(stack):
         if param not in kept:
             _rebind(host, stack, param, stack._buffers.pop(STASH + param))
-    for param, p in rebound.items():
-        host._parameters[param] = p
+    for param in rebound:
+        _retie(host, stack, param)
     stack.merged = merged
     for path, value in _merged_tensors("", host, stack, _kept(stack, [])):
         _rebind(host, stack, path, value)
@@ -360,9 +368,12 @@ def _unmerge(host: nn.Module, stack: Stack, names: Iterable[str]) -> None:
 
 def _retie(host: nn.Module, stack: Stack, param: str) -> None:
     """An untied end shares its tensor again once nothing is merged into it."""
-    if param in stack.untied:
-        owner, name = next(o for n in stack.order for s, _ in stack.sites[n] if s.param == param for o in s.tied)
-        host._parameters[param] = owner._parameters[name]
+    shared = stack.untied.get(param)
+    if shared is not None:
+        own = host._parameters[param]
+        if (shared.device, shared.dtype) != (own.device, own.dtype):  # the model was moved meanwhile, which this one did not see
+            shared.data = shared.data.to(own.device, own.dtype)
+        host._parameters[param], stack.untied[param] = shared, None
 
 
 # ---------------------------------------------------------------- taking off

@@ -16,9 +16,9 @@ from .calibrate import KEEP_BUFFERS, calibrate, observable
 from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
 from .layers import NeedsWeight
 from .method import Method
-from .patterns import did_you_mean
+from .patterns import PatternError, as_list, did_you_mean, show
 from .registry import check_keywords, keywords, resolve
-from .sites import Model, ensure_module, join, resolve_ties, select, settings
+from .sites import Model, ensure_module, join, resolve_ties, select, settings, under
 from .table import table
 
 LEDGER = "_peftlab_ledger"
@@ -178,6 +178,9 @@ def _request(model, method, *, targets, exclude, layers, of, name, overrides, se
     ensure_module(model)
     model = bare(model)
     cls, set_by_alias, label = resolve(method)
+    if "targets" in set_by_alias:  # a name that is a method at a certain place, such as linear_probe
+        where = set_by_alias.pop("targets")
+        targets = where if targets is None else targets
     clash = set_by_alias.keys() & hyper.keys()
     if any(set_by_alias[k] != hyper[k] for k in clash):
         raise TypeError(f"{method!r} is {label} with {set_by_alias}; {', '.join(sorted(clash))} cannot be given another value")
@@ -268,7 +271,17 @@ def plan_of(req: _Request) -> Plan:
     with fenced_rng():
         recipes = list(req.recipes("meta"))
         for site, recipe in zip(req.sites, recipes, strict=True):
-            key = (id(recipe), site.rule.name, site.kind, site.n_out, site.n_in, site.shape, site.has_bias, site.dtype)
+            key = (
+                id(recipe),
+                id(site.host) if site.kind == "module" else 0,
+                site.rule.name,
+                site.kind,
+                site.n_out,
+                site.n_in,
+                site.shape,
+                site.has_bias,
+                site.dtype,
+            )
             if key not in counted:
                 method = recipe.build(as_kind(site, Shape), (), "meta")
                 check_method(method, site, req.label)
@@ -281,7 +294,7 @@ def plan_of(req: _Request) -> Plan:
     shared = sum(b.numel() * b.element_size() for b in saved_tensors(recipes[0].common).values()) if recipes[0].common else 0
     extra = sum(p.numel() for p in recipes[0].common.parameters()) if recipes[0].common else 0
     given = tuple(sorted({k for h in req.hypers for k in h}))
-    total = sum(p.numel() for m in req.model.modules.values() for p in m._parameters.values() if p is not None)
+    total = sum(m._parameters[n].numel() for (m, n), *_ in req.model.owners.values())
     return Plan(req.label, req.name, rows, req.counts, sum(r.trainable for r in rows) + extra, total, sum(r.bytes for r in rows) + shared, given)
 
 
@@ -299,7 +312,7 @@ def _count(method: Method, site: Site, dtype: torch.dtype) -> tuple[int, int]:
 def wrap(
     model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
     overrides: Mapping | None = None, data: Iterable | None = None, loss: Callable | None = None, seed: int = 0, dtype: torch.dtype | None = None,
-    tie: str | None = None, split: Mapping | None = None, layout: Mapping | None = None, read=None, **hyper,
+    tie: str | None = None, split: Mapping | None = None, layout: Mapping | None = None, read=None, progress: Callable | None = None, **hyper,
 ) -> nn.Module:  # fmt: skip
     """Attach a method to the places of `model` that the patterns mean, freeze everything else, and return the same model.
 
@@ -317,6 +330,7 @@ def wrap(
         split: pattern -> {part: rows} names row blocks of fused projections, which targets can then mean.
         layout: pattern -> "oi" | "io" | "eoi" | "eio" states the orientation of raw 2-D and 3-D parameters.
         read: patterns of layers whose weight is read without their being called.
+        progress: called as progress(done, total, path) after each site's start, for starts that take long.
         **hyper: the method's own options.
 
     Raises:
@@ -329,7 +343,7 @@ def wrap(
     if data is not None and not isinstance(data, Iterable):
         raise TypeError(f"data={data!r}: an iterable of batches")
     with fenced_rng():
-        methods = build(req)
+        methods = build(req, progress)
         if any(m.needs_data for m in methods):
             if data is None:
                 raise ValueError(f"{req.label} computes its start from data: give data=, an iterable of batches")
@@ -338,7 +352,7 @@ def wrap(
     return model
 
 
-def build(req: _Request) -> list[Method]:
+def build(req: _Request, progress: Callable | None = None) -> list[Method]:
     """The methods of a request with their start values; the model is not touched."""
     out = []
     recipes = list(req.recipes("meta" if all(s.device.type == "meta" for s in req.sites) else "cpu"))
@@ -350,8 +364,14 @@ def build(req: _Request) -> list[Method]:
         except NeedsWeight as e:
             raise ValueError(f"{req.label} needs the weight's values at {site.path!r}: {e}") from None
         check_method(method, site, req.label)
+        if stack is not None and site.rule.name != "opaque" and any(s.rule.name == "opaque" for ps in stack.sites.values() for s, _ in ps):
+            raise ValueError(f"{site.path!r} only offers a call, which an adapter there surrounds: {req.label} would have to be read")
+        if stack is not None and site.rule.name == "opaque" and stack.read:
+            raise ValueError(f"{site.path!r} only offers a call, and an adapter there is read: {req.label} cannot surround it")
         finish(method, site, req.default_dtype(site))
         out.append(method)
+        if progress is not None:
+            progress(len(out), len(req.sites), site.path)
     return out
 
 
@@ -402,10 +422,10 @@ def attach(model: nn.Module, req: _Request, methods: list[Method]) -> None:
         for site, method in pairs:
             if method.in_place:
                 site.raw_tensor.requires_grad_(True)
-            if site.tied and req.tie == "share":
-                _follow(site)
+            if site.tied and site.shared:
+                hosts.follow(site)
             elif site.tied:
-                stack.untied.add(site.param)
+                stack.untied.setdefault(site.param)
     common = methods[0].recipe.common
     if common is not None:
         share(model, req.name, common, req.sites[0].device)
@@ -419,15 +439,6 @@ def share(model: nn.Module, name: str, common: nn.Module, device: torch.device) 
         holder = model._modules[SHARED] = hosts.Shared()
         holder.training = model.training
     holder._modules[name] = common.to(device)
-
-
-def _follow(site: Site) -> None:
-    """The other ends of a tied tensor show what the adapted end shows."""
-    for host, param in site.tied:
-        if isinstance(host, hosts.Adapted) and host._modules[CHILD].alias.get(param):
-            continue
-        stack = hosts.swap_in(host, True, (param,))
-        stack.alias[param] = (site.host, site.param)
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -467,23 +478,33 @@ def which(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str]:
     return [n for n in there if n in asked]
 
 
-def set_trainable(model: nn.Module, wanted: str | Iterable[str] | None, flag: bool) -> None:
-    chosen = which(model, wanted)
-    for _, _, site, m in adapter_modules(model, chosen):
+def set_trainable(model: nn.Module, wanted: str | Iterable[str] | None, flag: bool, targets=None) -> None:
+    found = adapter_modules(model, which(model, wanted))
+    if targets is not None:
+        patterns, kept = as_list(targets), []
+        at = dict(walk(model))
+        for pattern in patterns:
+            mine = [f for f in found if f[2] is not None and under(pattern, f[2].path, at, f[2].host)]
+            if not mine:
+                there = [f[2].path for f in found if f[2] is not None]
+                raise PatternError(f"{show(pattern)} matches none of the {len(there)} sites.{did_you_mean(str(pattern), there)}")
+            kept += mine
+        found = kept
+    for _, _, site, m in found:
         for p in m.parameters():
             p.requires_grad_(flag)
         if site is not None and m.in_place:
             site.raw_tensor.requires_grad_(flag)
 
 
-def freeze(model: nn.Module, *names: str) -> None:
-    """Stop training these adapters (all without names)."""
-    set_trainable(model, names or None, False)
+def freeze(model: nn.Module, *names: str, targets=None) -> None:
+    """Stop training these adapters (all without names), only at the sites that `targets` means if it is given."""
+    set_trainable(model, names or None, False, targets)
 
 
-def unfreeze(model: nn.Module, *names: str) -> None:
-    """Train these adapters (all without names)."""
-    set_trainable(model, names or None, True)
+def unfreeze(model: nn.Module, *names: str, targets=None) -> None:
+    """Train these adapters (all without names), only at the sites that `targets` means if it is given."""
+    set_trainable(model, names or None, True, targets)
 
 
 def train_only(model: nn.Module, *names: str) -> None:

@@ -245,11 +245,8 @@ def raw(m: nn.Module, W: Tensor) -> Tensor:
     return torch.stack([row.reshape(m.in_channels // m.groups, *m.kernel_size) for row in W])
 
 
-def run(m: nn.Module, W: Tensor, b: Tensor | None, x: Tensor, padding: bool = True) -> Tensor:
-    """The layer's operation with canonical weight W and bias b, spelled out.
-
-    The padding row of an embedding has no gradient, and belongs to the model (`padding`) unless a method trains raw tensors.
-    """
+def run(m: nn.Module, W: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
+    """The layer's operation with canonical weight W and bias b, spelled out. The padding row of an embedding belongs to the model."""
     w = raw(m, W)
     if isinstance(m, nn.Linear) or is_conv1d(m):
         y = torch.einsum("...i,oi->...o", x, W)
@@ -259,7 +256,7 @@ def run(m: nn.Module, W: Tensor, b: Tensor | None, x: Tensor, padding: bool = Tr
         return centred / (centred.pow(2).mean(-1, keepdim=True) + m.eps).sqrt() * w + b
     if isinstance(m, nn.Embedding):
         if m.padding_idx is not None:
-            row = (m.weight if padding else w)[m.padding_idx].detach()
+            row = m.weight[m.padding_idx].detach()
             w = torch.cat([w[: m.padding_idx], row[None], w[m.padding_idx + 1 :]])
         return torch.stack([w[i] for i in x.flatten().tolist()]).reshape(*x.shape, -1)
     nd = len(m.kernel_size)
@@ -286,7 +283,7 @@ def changed(m: nn.Module, method: str, t: Tensors, hyper: Mapping, common: Tenso
 
 def adapted(m: nn.Module, method: str, t: Tensors, hyper: Mapping, common: Tensors | None = None) -> Callable[[Tensor], Tensor]:
     """The adapted layer as a function of its input."""
-    return lambda x: run(m, *changed(m, method, t, hyper, common), x, padding=method not in RAW)
+    return lambda x: run(m, *changed(m, method, t, hyper, common), x)
 
 
 # ---- the adapter's own tensors, seen from outside

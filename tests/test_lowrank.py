@@ -60,7 +60,8 @@ def test_factors_recover_a_matrix_of_their_rank(m, n, r, seed, start, s):
     r = min(r, m, n)
     D = of_rank(m, n, r, seed)
     A, B, error = lowrank.STARTS[start](D, r, s)
-    assert A.shape == (r, n) and B.shape == (m, r)
+    assert A.shape == (r, n)
+    assert B.shape == (m, r)
     scale = 1.0 if start == "olora" else s  # OLoRA's factors are those of W whatever s is
     torch.testing.assert_close(scale * B @ A, D, rtol=1e-7, atol=1e-7 * D.norm().item())
     if error is not None:
@@ -98,14 +99,18 @@ def test_exact_svd_is_the_optimum(kind, m, n, r, seed):
     U, S, Vh, error = lowrank.exact_svd(W, r)
     best = optimum(W, r)
     assert (W - (U * S) @ Vh).norm().item() == pytest.approx(best, abs=1e-12)
-    assert error.residual == pytest.approx(best, abs=1e-12) and error.floor == pytest.approx(best, abs=1e-12)
+    assert error.residual == pytest.approx(best, abs=1e-12)
+    assert error.floor == pytest.approx(best, abs=1e-12)
 
 
 def check_randomised(W, r, **options):
     """Shapes, order, orthonormality, the stated error, the bound; returns the error and the optimum."""
     U, S, Vh, error = lowrank.randomized_svd(W, r, **options)
-    assert U.shape == (W.shape[0], r) and S.shape == (r,) and Vh.shape == (r, W.shape[1])
-    assert (S.diff() <= 0).all() and (S >= 0).all()
+    assert U.shape == (W.shape[0], r)
+    assert S.shape == (r,)
+    assert Vh.shape == (r, W.shape[1])
+    assert (S.diff() <= 0).all()
+    assert (S >= 0).all()
     # Exact arithmetic on what came back, so that rounding of the check is not in the way.
     U, S, Vh, exact = U.double(), S.double(), Vh.double(), W.double()
     eps = 1e-5 if W.dtype != torch.float64 else 1e-11
@@ -149,14 +154,24 @@ def test_randomised_of_noise():
     """A Gaussian matrix, nearly flat: the bound is not vacuous."""
     W = torch.randn(150, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     error, best = check_randomised(W, 8)
-    assert error.residual <= 1.01 * best and error.floor >= 0.8 * best
+    assert error.residual <= 1.01 * best
+    assert error.floor >= 0.8 * best
 
 
-@pytest.mark.parametrize("W", [torch.zeros(6, 9), torch.eye(5), torch.ones(7, 4), torch.diag(torch.tensor([3.0, 0, 0, 0]))], ids=["zero", "identity", "ones", "rank1"])
+DEGENERATE = {
+    "zero": torch.zeros(6, 9),
+    "identity": torch.eye(5),
+    "ones": torch.ones(7, 4),
+    "rank1": torch.diag(torch.tensor([3.0, 0, 0, 0])),
+}
+
+
+@pytest.mark.parametrize("W", DEGENERATE.values(), ids=DEGENERATE.keys())
 def test_degenerate_matrices(W):
     for r in (1, min(W.shape)):
         error, _ = check_randomised(W, r)
-        assert math.isfinite(error.residual) and math.isfinite(error.floor)
+        assert math.isfinite(error.residual)
+        assert math.isfinite(error.floor)
 
 
 def test_nothing_is_drawn_from_the_global_generator():
@@ -167,7 +182,8 @@ def test_nothing_is_drawn_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     second = lowrank.randomized_svd(W, 5)
-    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3])) and first.error == second.error
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3]))
+    assert first.error == second.error
     assert not torch.equal(lowrank.randomized_svd(W, 5, seed=1, iterations=0).U, lowrank.randomized_svd(W, 5, iterations=0).U)
 
 
@@ -209,8 +225,10 @@ def test_start_is_the_base(init, kind, dtype):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items()), "the base was edited"
     found = own(model.layer)
-    assert found["A"].abs().sum() > 0 and found["B"].abs().sum() > 0
-    assert torch.equal(found["A"], found["A0"]) and torch.equal(found["B"], found["B0"])
+    assert found["A"].abs().sum() > 0
+    assert found["B"].abs().sum() > 0
+    assert torch.equal(found["A"], found["A0"])
+    assert torch.equal(found["B"], found["B0"])
     torch.testing.assert_close(model(x), layer(x), rtol=1e-6 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)
     peftlab.merge(model)
     torch.testing.assert_close(model.layer.weight, layer.weight, rtol=1e-6 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)
@@ -271,10 +289,27 @@ def test_orthogonal_start(m, n, half, seed):
     peftlab.wrap(model, "lora", targets="layer", init="orthogonal", r=2 * half, seed=seed)
     t = own(model.layer)
     A, B = t["A"].detach(), t["B"].detach()
-    assert A.norm() > 0 and B.norm() > 0
+    assert A.norm() > 0
+    assert B.norm() > 0
     assert (B @ A).abs().max() < 1e-5 * A.norm() * B.norm()
     y = model(torch.randn(4, n)).square().sum()
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(y, [t["A"], t["B"]]))
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+def test_eva_start_is_the_principal_directions_of_the_inputs(batches):
+    """Rows of A are the leading right singular vectors of the layer's mean-centred inputs over all batches, and B = 0."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(9, 12), "layer": nn.Linear(12, 7)})
+    model.forward = lambda x: model["layer"](model["first"](x).tanh())
+    data = torch.randn(60, 5, 9) * torch.linspace(0.1, 3, 9) + 1
+    inputs = model["first"](data).tanh().detach().double().flatten(0, 1)
+    peftlab.wrap(model, "eva", targets="layer", r=3, data=list(data.chunk(batches)))
+    t = own(model["layer"])
+    _, _, Vh = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
+    A = t["A"].detach().double()
+    torch.testing.assert_close(A.T @ A, Vh[:3].T @ Vh[:3], rtol=0, atol=1e-4)
+    assert (t["B"] == 0).all()
 
 
 # ---- norms and streams

@@ -154,7 +154,7 @@ def test_merged_weight(row, kind):
     layer, model, _, _, method, hyper, shared = built(row, kind)
     W, b = oracles.changed(layer, method, own(model.layer), hyper, shared)
     want = oracles.raw(layer, W).detach().clone()
-    if kind == "embedding-padding" and method not in oracles.RAW:
+    if kind == "embedding-padding":
         want[layer.padding_idx] = layer.weight.detach()[layer.padding_idx]
     peftlab.merge(model)
     torch.testing.assert_close(model.layer.weight.detach(), want, **TOLERANCE)
@@ -168,7 +168,8 @@ def test_refused(row, kind):
     model = Holder(layer)
     with pytest.raises(ValueError, match="layer"):
         peftlab.wrap(model, ROWS[row][0], targets="layer", **ROWS[row][1])
-    assert not hasattr(layer, "peftlab") and type(layer).__module__.startswith(("torch.", "transformers."))
+    assert not hasattr(layer, "peftlab")
+    assert type(layer).__module__.startswith(("torch.", "transformers."))
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -178,7 +179,8 @@ def test_every_method_has_an_oracle(name):
 
 
 def test_every_name_is_compared():
-    assert {r for r, _ in ROWS.values()} | FROM_DATA == set(registry.entries())
+    places = {n for n, e in registry.entries().items() if e.hyper.keys() == {"targets"}}  # the same method at a certain place
+    assert {r for r, _ in ROWS.values()} | FROM_DATA | places == set(registry.entries())
     assert ORACLES.keys() == set(registry.names()), "an oracle without a method"
     assert oracles.RAW == {n for n in registry.names() if registry.resolve(n)[0].on == "tensor"}
 

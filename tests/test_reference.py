@@ -23,7 +23,6 @@ peft = pytest.importorskip("peft")
 transformers_conv = pytest.importorskip("transformers.pytorch_utils")
 
 
-
 class Holder(nn.Module):
     def __init__(self, layer):
         super().__init__()
@@ -114,107 +113,205 @@ def lokr_tensors(layer):
     return found
 
 
-EMBED = lambda: nn.Embedding(12, 5)  # noqa: E731
-CONV = lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0))  # noqa: E731
+EMBED = lambda: nn.Embedding(12, 5)
+CONV = lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0))
 HF_ADALORA = dict(init_r=3, target_r=2, total_step=10)
 
 CASES = [
     Case(
-        "full-layernorm", lambda: nn.LayerNorm(6), ROWS, lambda: peft.LNTuningConfig(target_modules=["layer"]),
-        "full", {}, lambda layer: {f"{k}.C": (getattr(layer.ln_tuning_layers["default"], k), same) for k in ("weight", "bias")},
+        "full-layernorm",
+        lambda: nn.LayerNorm(6),
+        ROWS,
+        lambda: peft.LNTuningConfig(target_modules=["layer"]),
+        "full",
+        {},
+        lambda layer: {f"{k}.C": (getattr(layer.ln_tuning_layers["default"], k), same) for k in ("weight", "bias")},
     ),
     Case(
-        "full-linear", linear, ROWS, lambda: peft.LNTuningConfig(target_modules=["layer"]),
-        "full", {}, lambda layer: {f"{k}.C": (getattr(layer.ln_tuning_layers["default"], k), same) for k in ("weight", "bias")},
+        "full-linear",
+        linear,
+        ROWS,
+        lambda: peft.LNTuningConfig(target_modules=["layer"]),
+        "full",
+        {},
+        lambda layer: {f"{k}.C": (getattr(layer.ln_tuning_layers["default"], k), same) for k in ("weight", "bias")},
     ),
     Case("lora-linear", linear, ROWS, lora_config(r=3, lora_alpha=5), "lora", dict(r=3, alpha=5), lora_tensors),
     Case("lora-linear-nobias", lambda: linear(bias=False), ROWS, lora_config(r=2, lora_alpha=8), "lora", dict(r=2, alpha=8), lora_tensors),
     Case(
-        "rslora-linear", linear, ROWS, lora_config(r=3, lora_alpha=5, use_rslora=True),
-        "lora", dict(r=3, alpha=5, rank_stabilized=True), lora_tensors,
+        "rslora-linear",
+        linear,
+        ROWS,
+        lora_config(r=3, lora_alpha=5, use_rslora=True),
+        "lora",
+        dict(r=3, alpha=5, rank_stabilized=True),
+        lora_tensors,
     ),
     Case("lora-conv1d", conv1d, ROWS, lora_config(r=3, lora_alpha=5, fan_in_fan_out=True), "lora", dict(r=3, alpha=5), lora_tensors),
     Case("lora-conv2d", CONV, IMAGE, lora_config(r=3, lora_alpha=5), "lora", dict(r=3, alpha=5), lora_tensors),
     Case(
-        "lora-conv3d", lambda: nn.Conv3d(3, 4, 2, padding=1), floats(2, 3, 4, 3, 4), lora_config(r=2, lora_alpha=5),
-        "lora", dict(r=2, alpha=5), lora_tensors,
+        "lora-conv3d",
+        lambda: nn.Conv3d(3, 4, 2, padding=1),
+        floats(2, 3, 4, 3, 4),
+        lora_config(r=2, lora_alpha=5),
+        "lora",
+        dict(r=2, alpha=5),
+        lora_tensors,
     ),
     Case("lora-embedding", EMBED, ids, lora_config(r=3, lora_alpha=5), "lora", dict(r=3, alpha=5), lora_tensors),
     Case("dora-linear", linear, ROWS, lora_config(r=3, lora_alpha=5, use_dora=True), "dora", dict(r=3, alpha=5), lora_tensors, positive=("m",)),
     Case(
-        "dora-conv1d", conv1d, ROWS, lora_config(r=3, lora_alpha=5, use_dora=True, fan_in_fan_out=True),
-        "dora", dict(r=3, alpha=5), lora_tensors, positive=("m",),
+        "dora-conv1d",
+        conv1d,
+        ROWS,
+        lora_config(r=3, lora_alpha=5, use_dora=True, fan_in_fan_out=True),
+        "dora",
+        dict(r=3, alpha=5),
+        lora_tensors,
+        positive=("m",),
     ),
     Case("dora-conv2d", CONV, IMAGE, lora_config(r=3, lora_alpha=5, use_dora=True), "dora", dict(r=3, alpha=5), lora_tensors, positive=("m",)),
     Case("dora-embedding", EMBED, ids, lora_config(r=3, lora_alpha=5, use_dora=True), "dora", dict(r=3, alpha=5), lora_tensors, positive=("m",)),
     # HF scales by alpha / (r + 1e-5): see test_adalora_scale. The same numbers come out with an alpha that undoes it.
     Case(
-        "adalora-linear", linear, ROWS, lambda: peft.AdaLoraConfig(target_modules=["layer"], lora_alpha=5, lora_dropout=0.0, **HF_ADALORA),
-        "adalora", dict(init_r=3, r=2, alpha=5 * 3 / (3 + 1e-5)), adalora_tensors,
+        "adalora-linear",
+        linear,
+        ROWS,
+        lambda: peft.AdaLoraConfig(target_modules=["layer"], lora_alpha=5, lora_dropout=0.0, **HF_ADALORA),
+        "adalora",
+        dict(init_r=3, r=2, alpha=5 * 3 / (3 + 1e-5)),
+        adalora_tensors,
     ),
     Case(
-        "lokr-linear", linear, ROWS, lambda: peft.LoKrConfig(target_modules=["layer"], r=3, alpha=5),
-        "lokr", dict(r=3, alpha=5), lokr_tensors,
+        "lokr-linear",
+        linear,
+        ROWS,
+        lambda: peft.LoKrConfig(target_modules=["layer"], r=3, alpha=5),
+        "lokr",
+        dict(r=3, alpha=5),
+        lokr_tensors,
     ),
     Case(
-        "lokr-linear-lowrank", lambda: linear(24, 36), floats(2, 24), lambda: peft.LoKrConfig(target_modules=["layer"], r=2, alpha=5),
-        "lokr", dict(r=2, alpha=5), lokr_tensors,
+        "lokr-linear-lowrank",
+        lambda: linear(24, 36),
+        floats(2, 24),
+        lambda: peft.LoKrConfig(target_modules=["layer"], r=2, alpha=5),
+        "lokr",
+        dict(r=2, alpha=5),
+        lokr_tensors,
     ),
     Case(
-        "lokr-linear-both", lambda: linear(100, 64), floats(2, 100), lambda: peft.LoKrConfig(target_modules=["layer"], r=2, alpha=5, decompose_both=True),
-        "lokr", dict(r=2, alpha=5, decompose_both=True), lokr_tensors,
+        "lokr-linear-both",
+        lambda: linear(100, 64),
+        floats(2, 100),
+        lambda: peft.LoKrConfig(target_modules=["layer"], r=2, alpha=5, decompose_both=True),
+        "lokr",
+        dict(r=2, alpha=5, decompose_both=True),
+        lokr_tensors,
     ),
     Case(
-        "lokr-linear-factor", lambda: linear(12, 20), floats(2, 12), lambda: peft.LoKrConfig(target_modules=["layer"], r=1, alpha=3, decompose_factor=2),
-        "lokr", dict(r=1, alpha=3, factor=2), lokr_tensors,
+        "lokr-linear-factor",
+        lambda: linear(12, 20),
+        floats(2, 12),
+        lambda: peft.LoKrConfig(target_modules=["layer"], r=1, alpha=3, decompose_factor=2),
+        "lokr",
+        dict(r=1, alpha=3, factor=2),
+        lokr_tensors,
     ),
     Case(
-        "lokr-conv2d", lambda: nn.Conv2d(8, 12, (3, 2), padding=1), floats(2, 8, 4, 5), lambda: peft.LoKrConfig(target_modules=["layer"], r=1, alpha=5),
-        "lokr", dict(r=1, alpha=5), lokr_tensors,
+        "lokr-conv2d",
+        lambda: nn.Conv2d(8, 12, (3, 2), padding=1),
+        floats(2, 8, 4, 5),
+        lambda: peft.LoKrConfig(target_modules=["layer"], r=1, alpha=5),
+        "lokr",
+        dict(r=1, alpha=5),
+        lokr_tensors,
     ),
     Case(
-        "oft-linear", lambda: linear(12, 7), floats(3, 12),
+        "oft-linear",
+        lambda: linear(12, 7),
+        floats(3, 12),
         lambda: peft.OFTConfig(target_modules=["layer"], r=0, oft_block_size=4, use_cayley_neumann=False),
-        "oft", dict(block_size=4), lambda layer: {"Q": (layer.oft_R["default"].weight, torch.neg)},
+        "oft",
+        dict(block_size=4),
+        lambda layer: {"Q": (layer.oft_R["default"].weight, torch.neg)},
     ),
     Case(
-        "oft-conv1x1", lambda: nn.Conv2d(6, 5, 1), floats(2, 6, 3, 4),
+        "oft-conv1x1",
+        lambda: nn.Conv2d(6, 5, 1),
+        floats(2, 6, 3, 4),
         lambda: peft.OFTConfig(target_modules=["layer"], r=0, oft_block_size=3, use_cayley_neumann=False),
-        "oft", dict(block_size=3), lambda layer: {"Q": (layer.oft_R["default"].weight, torch.neg)},
+        "oft",
+        dict(block_size=3),
+        lambda layer: {"Q": (layer.oft_R["default"].weight, torch.neg)},
     ),
     Case(
-        "ia3-output", linear, ROWS, lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
-        "ia3", dict(side="out"), lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
+        "ia3-output",
+        linear,
+        ROWS,
+        lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
+        "ia3",
+        dict(side="out"),
+        lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
     ),
     Case(
-        "ia3-input", linear, ROWS, lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=["layer"]),
-        "ia3", dict(side="in"), lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
+        "ia3-input",
+        linear,
+        ROWS,
+        lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=["layer"]),
+        "ia3",
+        dict(side="in"),
+        lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
     ),
     Case(
-        "ia3-conv1d", conv1d, ROWS, lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[], fan_in_fan_out=True),
-        "ia3", dict(side="out"), lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
+        "ia3-conv1d",
+        conv1d,
+        ROWS,
+        lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[], fan_in_fan_out=True),
+        "ia3",
+        dict(side="out"),
+        lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
     ),
     Case(
-        "ia3-conv2d", CONV, IMAGE, lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
-        "ia3", dict(side="out"), lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
+        "ia3-conv2d",
+        CONV,
+        IMAGE,
+        lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[]),
+        "ia3",
+        dict(side="out"),
+        lambda layer: {"l": (layer.ia3_l["default"], lambda t: t.flatten())},
     ),
     # HF transforms the spectrum in float32 whatever the model's dtype.
     Case(
-        "fourierft-linear", linear, ROWS, lambda: peft.FourierFTConfig(target_modules=["layer"], n_frequency=7, scaling=9.0, random_loc_seed=3),
-        "fourierft", dict(n=7, alpha=9.0), lambda layer: {"c": (layer.fourierft_spectrum["default"], same)},
+        "fourierft-linear",
+        linear,
+        ROWS,
+        lambda: peft.FourierFTConfig(target_modules=["layer"], n_frequency=7, scaling=9.0, random_loc_seed=3),
+        "fourierft",
+        dict(n=7, alpha=9.0),
+        lambda layer: {"c": (layer.fourierft_spectrum["default"], same)},
         frozen=lambda layer: {"places": layer.indices["default"][0] * layer.in_features + layer.indices["default"][1]},
         tolerance=2e-5,
     ),
     Case(
-        "fourierft-conv1d", conv1d, ROWS,
+        "fourierft-conv1d",
+        conv1d,
+        ROWS,
         lambda: peft.FourierFTConfig(target_modules=["layer"], n_frequency=7, scaling=9.0, random_loc_seed=3, fan_in_fan_out=True),
-        "fourierft", dict(n=7, alpha=9.0), lambda layer: {"c": (layer.fourierft_spectrum["default"], same)},
+        "fourierft",
+        dict(n=7, alpha=9.0),
+        lambda layer: {"c": (layer.fourierft_spectrum["default"], same)},
         frozen=lambda layer: {"places": layer.indices["default"][0] * layer.in_features + layer.indices["default"][1]},
         tolerance=2e-5,
     ),
     Case(
-        "tokens-embedding", EMBED, ids, lambda: peft.TrainableTokensConfig(target_modules=["layer"], token_indices=[0, 3, 7]),
-        "tokens", dict(ids=[0, 3, 7]), lambda layer: {"T": (layer.trainable_tokens_delta["default"], same)},
+        "tokens-embedding",
+        EMBED,
+        ids,
+        lambda: peft.TrainableTokensConfig(target_modules=["layer"], token_indices=[0, 3, 7]),
+        "tokens",
+        dict(ids=[0, 3, 7]),
+        lambda layer: {"T": (layer.trainable_tokens_delta["default"], same)},
         frozen=lambda layer: {"ids": torch.tensor(layer.token_indices["default"])},
     ),
 ]
@@ -307,7 +404,8 @@ def vera_pair():
 def test_vera_shared_between_layers(party):
     """HF gives A the variance 2 / (largest n_in); here it is 2 / n_in of the site, which d takes back."""
     model, other, theirs, A, B = vera_pair()
-    assert A.shape == (3, 10) and B.shape == (10, 3)
+    assert A.shape == (3, 10)
+    assert B.shape == (10, 3)
     x = torch.randn(5, 6, dtype=torch.float64)
     y, grads = measured(other, x, theirs)
     common = {"A": A * (10 / 2) ** 0.5, "B": B * (3 / 2) ** 0.5}
@@ -455,7 +553,8 @@ def test_lora_grouped_convolution():
     torch.manual_seed(0)
     layer, x = nn.Conv2d(4, 6, 3, groups=2).double(), torch.randn(1, 4, 6, 5, dtype=torch.float64)
     other, theirs = hf(layer, peft.LoraConfig(target_modules=["layer"], r=2))
-    assert theirs.lora_A["default"].weight.shape[1] == 4 and theirs.base_layer.weight.shape[1] == 2
+    assert theirs.lora_A["default"].weight.shape[1] == 4
+    assert theirs.base_layer.weight.shape[1] == 2
     with pytest.raises(NotImplementedError):
         other.merge_adapter()
     model = wrapped(layer, "lora", r=2, alpha=4)

@@ -323,6 +323,25 @@ class Machine(RuleBasedStateMachine):
             for n in new:
                 self.adapters[n].merged = True
 
+    @precondition(lambda self: self.active)
+    @rule(keep=st.booleans())
+    def fold(self, keep):
+        """What acts becomes the base, for good; adapters that do not act stay where they are and start from the new base."""
+        want, gone = self.expected(), self.active
+        before = state_of(self.model)
+        try:
+            peftlab.merge(self.model, keep=keep, unload=True)
+        except ValueError as e:
+            assert self.merged, e  # part of it was merged before: must be taken apart first
+            assert state_of(self.model) == before
+            return
+        torch.testing.assert_close(self.model(IDS), want, rtol=1e-9, atol=1e-9)
+        self.adapters = {n: a for n, a in self.adapters.items() if n not in gone}
+        self.base = {k: t.clone() for k, t in self.model.state_dict().items() if "peftlab" not in k}
+        self.files = []  # they are of the old base
+        if not self.adapters:
+            self.names_and_flags()
+
     @precondition(lambda self: self.merged)
     @rule(data=st.data())
     def unmerge(self, data):

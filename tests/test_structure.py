@@ -116,10 +116,10 @@ def test_lokr_rearrangement_has_rank_one(layer, r, seed, both):
     """Van Loan: the blocks of a Kronecker product, written as rows, are multiples of one another."""
     W, W2, t = before_and_after(layer[0], "lokr", seed, r=r, decompose_both=both)
     shape = {i: (t[f"w{i}"].shape if f"w{i}" in t else (len(t[f"w{i}_a"]), t[f"w{i}_b"].shape[1])) for i in (1, 2)}
-    (l, p), (k, q) = shape[1], shape[2]
-    assert (l * k, p * q) == tuple(W.shape)
+    (a, p), (k, q) = shape[1], shape[2]
+    assert (a * k, p * q) == tuple(W.shape)
     D = W2 - W
-    assert rank(D.reshape(l, k, p, q).permute(0, 2, 1, 3).reshape(l * p, k * q), W.dtype) == 1
+    assert rank(D.reshape(a, k, p, q).permute(0, 2, 1, 3).reshape(a * p, k * q), W.dtype) == 1
     limit = {i: min(*shape[i], r) if f"w{i}_a" in t else min(shape[i]) for i in (1, 2)}
     assert rank(D, W.dtype) <= limit[1] * limit[2]
 
@@ -191,13 +191,32 @@ def test_sparse_support(layer, n, seed, select, dtype):
             assert size[index.long()].min() >= size[~moved].max() if n < size.numel() else True
 
 
+def test_fish_places_are_the_largest_squared_gradients():
+    """Sung et al. 2021, eq. 4, on batches of one: the n entries with the largest sum of squared gradients of single examples."""
+    torch.manual_seed(0)
+    model = Holder(nn.Linear(6, 5)).double()
+    data = list(torch.randn(7, 1, 6, dtype=torch.float64))
+
+    def loss(model, x):
+        return model(x).pow(3).sum()
+
+    squares = {k: torch.zeros_like(p) for k, p in model.layer.named_parameters()}
+    for x in data:
+        for k, g in zip(squares, torch.autograd.grad(loss(model, x), list(model.layer.parameters()))):
+            squares[k] += g**2
+    peftlab.wrap(model, "fish", targets="layer", n=4, data=data, loss=loss)
+    for k, score in squares.items():
+        assert set(own(model.layer)[f"{k}.index"].tolist()) == set(score.flatten().topk(4).indices.tolist())
+
+
 @few
 @given(density=st.floats(0.001, 1.0), n_in=sides, n_out=sides)
 def test_sparse_density(density, n_in, n_out):
     model = Holder(nn.Linear(n_in, n_out, bias=False))
     peftlab.wrap(model, "sparse", targets="layer", density=density)
     count = own(model.layer)["weight.v"].numel()
-    assert 1 <= count <= n_in * n_out and abs(count - density * n_in * n_out) <= 1
+    assert 1 <= count <= n_in * n_out
+    assert abs(count - density * n_in * n_out) <= 1
 
 
 @few
@@ -256,7 +275,9 @@ def test_tokens_touch_their_rows_only(data, n, dim, dtype):
         if step == "merged":
             peftlab.merge(model)
         y = model(every_id)
-        assert y.dtype == dtype and torch.equal(y[rest], table[rest]) and (y[ids] == 7).all()
+        assert y.dtype == dtype
+        assert torch.equal(y[rest], table[rest])
+        assert (y[ids] == 7).all()
     assert torch.equal(model.layer.weight[rest], table[rest])
 
 
@@ -316,7 +337,8 @@ def test_lora_starts():
         model = nn.ModuleDict({"a": nn.Linear(300, 40), "e": nn.Embedding(50, 40)})
         peftlab.wrap(model, "lora", targets=["a", "e"], r=8, init=init)
         a, e = own(model["a"]), own(model["e"])
-        assert (a["B"] == 0).all() and (e["A"] == 0).all()
+        assert (a["B"] == 0).all()
+        assert (e["A"] == 0).all()
         std = 1 / 8 if init == "gaussian" else math.sqrt(1 / (3 * 300))
         assert a["A"].std().item() == pytest.approx(std, rel=0.1)
         assert e["B"].std().item() == pytest.approx(1, rel=0.15)
@@ -333,7 +355,8 @@ def test_vera_pair(m, n, r, seed):
         model.small, model.large = nn.Linear(n, m), nn.Linear(3 * n, 2 * m)
         peftlab.wrap(model, "vera", targets=["small", "large"], r=min(r, n, m), seed=5)
         pairs.append({k: b for k, b in model.named_buffers()})
-        assert len(pairs[-1]) == 2 and not any(k.endswith((".A", ".B")) for k in model.state_dict())
+        assert len(pairs[-1]) == 2
+        assert not any(k.endswith((".A", ".B")) for k in model.state_dict())
         assert all(set(own(x)) == {"b", "d"} for x in (model.small, model.large))
     assert all(torch.equal(pairs[0][k], pairs[1][k]) for k in pairs[0])
 
@@ -438,7 +461,8 @@ LARGE = dict(BASE, hidden_size=1024, num_hidden_layers=24, num_attention_heads=1
 def test_counts_of_papers_on_query_and_value(config, name, hyper, count):
     model = on_meta(config)
     plan = peftlab.plan(model, name, targets=["query", "value"], **hyper)
-    assert plan.trainable == count and len(plan.rows) == 2 * model.config.num_hidden_layers
+    assert plan.trainable == count
+    assert len(plan.rows) == 2 * model.config.num_hidden_layers
     peftlab.wrap(model, name, targets=["query", "value"], **hyper)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
@@ -453,14 +477,24 @@ def test_bitfit_count_of_bert_large():
     assert round(100 * plan.trainable / plan.total, 2) == 0.08
 
 
+def test_ln_tuning_count_of_bert_base():
+    """Zhao et al. 2023: every normalisation layer, here 25 of width 768, and nothing else."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.BertModel(transformers.BertConfig())
+    plan = peftlab.plan(model, "ln_tuning")
+    assert plan.trainable == 25 * 2 * 768
+    assert {r.layer for r in plan.rows} == {"LayerNorm"}
+
+
 def test_count_of_gpt3():
     """Hu et al. 2021, table 4: 37.7 M for rank 8 on the query and value projections of 96 layers of width 12,288."""
     with torch.device("meta"):
         model = nn.Sequential(*(nn.ModuleDict({k: nn.Linear(12288, 12288, bias=False) for k in "qkvo"}) for _ in range(96)))
     plan = peftlab.plan(model, "lora", targets=["q", "v"], r=8)
-    assert plan.trainable == 96 * 2 * 8 * 2 * 12288 and round(plan.trainable / 1e6, 1) == 37.7
+    assert plan.trainable == 96 * 2 * 8 * 2 * 12288
+    assert round(plan.trainable / 1e6, 1) == 37.7
     assert plan.total == 96 * 4 * 12288**2
     assert not hasattr(model[0]["q"], "peftlab")
     peftlab.wrap(model, "lora", targets=["q", "v"], r=8)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.trainable
-

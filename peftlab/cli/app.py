@@ -29,9 +29,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="An option of the method (or of peftlab.wrap), such as r=16; may be repeated."),
 ]
-Targets = Annotated[
-    list[str] | None, typer.Option("--target", metavar="PATTERN", help="Where the method sits, by name or glob; may be repeated.")
-]
+Targets = Annotated[list[str] | None, typer.Option("--target", metavar="PATTERN", help="Where the method sits, by name or glob; may be repeated.")]
 Model = Annotated[Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model folder. Default: all-MiniLM-L6-v2.")]
 Data = Annotated[Path | None, typer.Option(metavar="FILE", help="A csv or jsonl file. Default: Rotten Tomatoes sentences.")]
 Task = Annotated[str, typer.Option(help="classify (a text and a label column) or lm (a text column).")]

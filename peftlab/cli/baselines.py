@@ -90,12 +90,13 @@ def _terms(text: str) -> list[str]:
     return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
-def bag_of_words(
-    train: list[str], y: Tensor, val: list[str], y_val: Tensor, test: list[str], y_test: Tensor, classes: int
-) -> tuple[float, int]:
+Texts = tuple[list[str], Tensor]  # texts and their classes
+
+
+def bag_of_words(train: Texts, val: Texts, test: Texts, classes: int) -> tuple[float, int]:
     """Test accuracy and number of weights of a tf-idf + logistic regression."""
-    bag = BagOfWords(train)
+    bag = BagOfWords(train[0])
     if not bag.index:
-        return (y_test == y.mode().values).float().mean().item(), 0
-    model, _ = fit(bag(train), y, bag(val), y_val, classes, (1e-5, 1e-4, 3e-4, 1e-3, 3e-3))
-    return model.accuracy(bag(test), y_test), len(bag.index) * classes + classes
+        return (test[1] == train[1].mode().values).float().mean().item(), 0
+    model, _ = fit(bag(train[0]), train[1], bag(val[0]), val[1], classes, (1e-5, 1e-4, 3e-4, 1e-3, 3e-3))
+    return model.accuracy(bag(test[0]), test[1]), (len(bag.index) + 1) * classes

@@ -19,7 +19,7 @@ import peftlab
 
 from . import draw
 from .baselines import bag_of_words
-from .errors import UserError
+from .errors import Broken, Diverged, UserError
 from .finetune import before
 from .loop import BEST, Loop, Settings
 from .tasks import Classify, quiet
@@ -101,12 +101,13 @@ def _compare(options: Options, request: Request, folder: Path, console: Console)
 
     rates = {name: request.rates or [rate(job.method) * f for f in AROUND] for name, job in jobs}
     runs = sum(len(rates[name]) + len(request.seeds) - 1 for name, _ in jobs)
-    finished = True
+    finished, failed = True, []
     with tqdm(total=runs, unit="run", dynamic_ncols=True, file=console.file) as bar:
         for name, job in jobs:
             try:
                 row = one_method(name, work, job, request, rates[name], report["runs"], bar)
-            except (ValueError, RuntimeError, peftlab.CheckError) as error:
+            except (ValueError, RuntimeError, UserError) as error:
+                failed.append(name)
                 report["left_out"][name] = f"failed: {error}"
                 left.append((name, f"failed: {error}"))
                 bar.write(f"{name} failed: {error}", file=console.file)
@@ -119,31 +120,41 @@ def _compare(options: Options, request: Request, folder: Path, console: Console)
     if not report["methods"]:
         raise UserError("no method was trained to the end; nothing to draw")
     show(report, lines, left, folder, work, console)
+    if failed:
+        raise Broken(f"failed: {', '.join(failed)} (the reasons are in {folder / 'compare.json'})")
     return 0 if finished else 130
 
 
 def bow(work: Work) -> tuple[float, int]:
     """Accuracy and size of the bag-of-words reference."""
     split = work.split
-    text = {part: [row.text for row in getattr(split, part)] for part in ("train", "val", "test")}
-    y = {part: torch.tensor([item.label for item in getattr(work, part)]) for part in ("train", "val", "test")}
-    return bag_of_words(text["train"], y["train"], text["val"], y["val"], text["test"], y["test"], len(split.classes))
+    pairs = [([row.text for row in getattr(split, part)], work.labels(part)) for part in ("train", "val", "test")]
+    return bag_of_words(*pairs, len(split.classes))
 
 
 def one_method(name: str, work: Work, options: Options, request: Request, rates: list[float], runs: list[dict], bar: tqdm) -> dict | None:
     """All runs of one method, summed up; None when Ctrl-C stopped them."""
-    first, mine = request.seeds[0], []
-    for seed, lr in [(first, lr) for lr in rates] + [(seed, None) for seed in request.seeds[1:]]:
-        if lr is None:
-            lr = min((r for r in mine if r["seed"] == first), key=lambda r: r["val_loss"])["lr"]
-        bar.set_description_str(f"{name} seed {seed} lr {lr:.2g}")
-        run = one_run(work, replace(options, seed=seed), Settings(**request.settings | {"lr": lr, "seed": seed}))
-        if run is None:
-            return None
-        mine.append({"method": name, **run})
-        runs.append(mine[-1])
-        bar.update()
-    best = min((r for r in mine if r["seed"] == first), key=lambda r: r["val_loss"])["lr"]
+    mine: list[dict] = []
+    best = None
+    for i, seed in enumerate(request.seeds):
+        for lr in rates if i == 0 else [best]:
+            bar.set_description_str(f"{name} seed {seed} lr {lr:.2g}")
+            try:
+                run = one_run(work, replace(options, seed=seed), Settings(**request.settings | {"lr": lr, "seed": seed}))
+            except Diverged as error:
+                bar.write(f"{name} seed {seed}: {error}", file=bar.fp)
+                runs.append({"method": name, "seed": seed, "lr": lr, "diverged": True})
+                bar.update()
+                continue
+            if run is None:
+                return None
+            mine.append({"method": name, **run})
+            runs.append(mine[-1])
+            bar.update()
+        if not mine:
+            raise Diverged(f"no learning rate of {rates} keeps the loss finite")
+        if i == 0:
+            best = min(mine, key=lambda r: r["val_loss"])["lr"]
     kept = [r for r in mine if r["lr"] == best]
     key = "test_accuracy" if isinstance(work.task, Classify) else "test_loss"
     values = [r[key] for r in kept]

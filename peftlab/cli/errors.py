@@ -10,6 +10,10 @@ class UserError(Exception):
     """Wrong input; printed as one line, exit status 2."""
 
 
+class Diverged(UserError):
+    """The loss is no longer a number."""
+
+
 class Broken(Exception):
     """A promised equality did not hold; printed as one line, exit status 1."""
 

@@ -198,14 +198,11 @@ def before(work: Work, say) -> dict:
         return result(scores)
     encoder = task.load_encoder()
     X = {part: task.features(encoder, getattr(work, part)) for part in ("train", "val", "test")}
-    y = {part: torch.tensor([item.label for item in getattr(work, part)]) for part in ("train", "val", "test")}
+    y = {part: work.labels(part) for part in X}
     regression, l2 = probe(X["train"], y["train"], X["val"], y["val"], len(task.classes))
     accuracy = regression.accuracy(X["test"], y["test"])
     majority = (y["test"] == y["train"].mode().values).float().mean().item()
-    say(
-        f"[bold]before:[/] test accuracy {100 * accuracy:.1f} % (linear probe on the frozen model; "
-        f"always the commonest class {100 * majority:.1f} %)"
-    )
+    say(f"[bold]before:[/] test accuracy {100 * accuracy:.1f} % (linear probe on the frozen model; always the commonest class {100 * majority:.1f} %)")
     return {"accuracy": accuracy, "l2": l2, "majority": majority}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import peftlab
 
-from .errors import UserError
+from .errors import Diverged, UserError
 from .tasks import Item, Task
 
 STATE = "training.safetensors"
@@ -66,9 +66,7 @@ class Loop:
         run: facts that a resumed run must share (the model, the method, the data), kept in the state.
     """
 
-    def __init__(
-        self, model: nn.Module, task: Task, train: list[Item], val: list[Item], settings: Settings, folder: Path, run: dict | None = None
-    ):
+    def __init__(self, model: nn.Module, task: Task, train: list[Item], val: list[Item], settings: Settings, folder: Path, run: dict | None = None):
         self.model, self.task, self.train, self.val, self.settings, self.folder = model, task, train, val, settings, folder
         self.facts = run or {}
         self.per_epoch = math.ceil(len(train) / settings.batch)
@@ -126,7 +124,7 @@ class Loop:
         self.history.step += 1
         self.history.train.append(value)
         if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at step {self.history.step}: try a smaller --lr than {self.settings.lr:g}")
+            raise Diverged(f"the loss is {value} at step {self.history.step}: try a smaller --lr than {self.settings.lr:g}")
         return value
 
     def _validate(self, on_eval: Callable[[int, float, float | None], None]) -> None:
@@ -171,14 +169,10 @@ class Loop:
         params = dict(self.model.named_parameters())
         moments = _unpack(info["optimizer"], tensors)
         if not moments.keys() <= params.keys():
-            raise UserError(
-                f"--resume: {self.folder / STATE} trained {sorted(moments.keys() - params.keys())[0]!r}, which this run does not have"
-            )
+            raise UserError(f"--resume: {self.folder / STATE} trained {sorted(moments.keys() - params.keys())[0]!r}, which this run does not have")
         for name, state in moments.items():
             # AdamW keeps its step counter on the CPU and the rest beside the parameter.
-            self.optimizer.state[params[name]] = {
-                k: v if k == "step" or not isinstance(v, Tensor) else v.to(params[name].device) for k, v in state.items()
-            }
+            self.optimizer.state[params[name]] = {k: v if k == "step" or not isinstance(v, Tensor) else v.to(params[name].device) for k, v in state.items()}
         for group, lr in zip(self.optimizer.param_groups, info["rates"], strict=True):
             group["lr"] = lr
         self.rate.load_state_dict({**self.rate.state_dict(), **_unpack(info["rate"], tensors)})

@@ -60,6 +60,10 @@ class Work:
     test: list[Item]
     model_name: str
 
+    def labels(self, part: str) -> torch.Tensor:
+        """Class numbers of "train", "val" or "test", (examples,)."""
+        return torch.tensor([item.label for item in getattr(self, part)])
+
     def facts(self) -> dict:
         """What identifies model and data, for comparing runs."""
         rows = [self.split.train, self.split.val, self.split.test]

@@ -182,7 +182,7 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
     buffers = _buffers(root)
     for key, t in buffers.items():
         put(key, t, None)
-    included = _included(root, include, set(tensors))
+    included = _included(root, include, set(tensors), {storage(t) for t in tensors.values()})
     for key, t in included.items():
         put(key, t, None)
     header = {"peftlab": __version__, "adapters": list(adapters.values()), "base": base, "buffers": list(buffers), "included": list(included)}
@@ -208,7 +208,7 @@ def _rows_back(rows) -> slice | Tensor | None:
 
 
 def _site_facts(host_path: str, s: Site, settings: int, stack) -> dict:
-    tie = None if not s.tied else "untie" if s.param in stack.untied else "share"
+    tie = None if not s.tied else "share" if s.shared else "untie"
     facts = {
         "host": host_path, "key": s.key, "kind": s.kind, "param": s.param, "bias": s.bias, "rule": s.rule.name, "rows": _rows(s.rows),
         "bias_rows": _rows(s.bias_rows), "expert": s.expert, "transposed": s.transposed, "read": s.read_only, "size": [s.n_out, s.n_in],
@@ -236,7 +236,7 @@ def _moved(known: list, key: str, t: Tensor) -> bool:
     return any(ledger.moved(key.removeprefix(f"{path}.") if path else key, t) for path, _, ledger in known)
 
 
-def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Tensor]:
+def _included(root: nn.Module, patterns: list, taken: set[str], stored: set[int]) -> dict[str, Tensor]:
     """Base parameters to be saved whole; one that trains or has been trained and that nobody saves raises."""
     found: dict[str, Tensor] = {}
     known, hit = ledgers(root), set()
@@ -247,7 +247,7 @@ def _included(root: nn.Module, patterns: list, taken: set[str]) -> dict[str, Ten
             if matches(pattern, key, m) or matches(pattern, path, m):
                 found[key] = p
                 hit.add(show(pattern))
-        if key in taken or key in found:
+        if key in taken or key in found or storage(p) in stored:  # the other end of a tied tensor that is saved
             continue
         state = "is trainable" if p.requires_grad else "was changed after wrap" if _moved(known, key, pristine(m, n)) else ""
         if state:
@@ -294,7 +294,10 @@ def load(
     if isinstance(names, Mapping):
         renamed = dict(names)
     else:
-        renamed = {n: n for n in (there if names is None else [names] if isinstance(names, str) else names)}
+        asked = there if names is None else [names] if isinstance(names, str) else list(names)
+        if not all(isinstance(n, str) for n in asked):
+            raise TypeError(f"names={names!r}: adapters are named by strings")
+        renamed = {n: n for n in asked}
     if not renamed:
         raise ValueError(f"names={names!r} means no adapter; {str(path)!r} holds {list(there)}")
     for new in renamed.values():
@@ -341,8 +344,8 @@ def _check_base(root: nn.Module, header: dict, adapters: list[dict]) -> None:
         if key not in params:
             raise LoadError(f"the adapter was trained on {key!r}, which this model does not have.{did_you_mean(key, params)}")
         host, n = params[key]
-        found = layers.is_opaque_linear(host)
-        wrong = None if found else _differs(key, saved, pristine(host, n))
+        packed = n == "weight" and layers.is_opaque_linear(host)
+        wrong = None if packed else _differs(key, saved, pristine(host, n))
         if wrong:
             raise LoadError(f"this is not the base that the adapter was trained on: {wrong}. allow_base_mismatch=True loads it all the same.")
 
@@ -374,6 +377,8 @@ class _Job:
 
     def commit(self, root: nn.Module, trainable: bool | None) -> None:
         if self.writes is not None:
+            for _, _, stack in stacks(root):
+                stack.current()  # start values that are still to come are made now, and not over the file's
             with torch.no_grad():
                 for t, value in self.writes:
                     t.copy_(value)
@@ -485,6 +490,7 @@ def _sites(view: Model, entry: dict) -> list[Site]:
         if s["kind"] == "matrix" and s["rule"] != "matrix" and not layers.surrounds(m, hosts.original_class(m)):
             site.read_only = True
         if s.get("tie"):
+            site.shared = s["tie"] == "share"
             site.tied = tuple(o for o in view.owners.get(storage(raw), ()) if o[0] is not m)
         out.append(site)
     return out

@@ -33,7 +33,7 @@ from .file import LoadError, checksum, read_header
 from .native import _class_of, _differs, _fill, _filled, _mismatch, _options, _owns, _rows_back
 
 INDEX = "model.safetensors.index.json"
-TRIM = 1 << 24  # bytes
+TRIM = 1 << 22  # bytes
 ADDED = "added.safetensors"  # adapted tensors that the model folder does not have, such as a new head
 FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")  # other copies of the weights, then out of date
 DTYPES = {
@@ -225,7 +225,7 @@ class Tensors(Mapping):
         t = self.file.get_tensor(key)
         if str(t.dtype) != f"torch.{dtype}" or list(t.shape) != shape or checksum(t) != crc:
             raise LoadError(f"{str(self.path)!r} is damaged: tensor {key!r} is not the one that was saved")
-        return t
+        return t.clone()  # a view of the mapped file may be unaligned, and products of such tensors can differ in the last bit
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.listed)
@@ -247,9 +247,9 @@ class _Job:
             for s in a["sites"]:
                 if s.get("tie") == "untie":
                     raise ValueError(f"{join(s['host'], s['param'])!r} was untied, so the merged model has one tensor more: merge it in memory")
-                hosts.setdefault(s["host"], nn.Module())
+                hosts.setdefault(s["host"], _stand_in(s.get("layer") or {}))
         self.hosts = hosts
-        in_place = {join(s["host"], s["param"]) for a in chosen for s in a["sites"]}
+        in_place = {join(s["host"], s.get("param") or "") for a in chosen for s in a["sites"]}
         self.replacing += [k for k in header["tensors"] if k in in_place]  # trained in place: the file holds the base tensor itself
         self.prefix = self._find_prefix()
         self._lay_out()
@@ -293,10 +293,9 @@ class _Job:
         for a in self.chosen:
             for s in a["sites"]:
                 host = self.hosts[s["host"]]
-                for k, v in (s.get("layer") or {}).items():
-                    setattr(host, k, v)
-                if s["rule"] in ("embedding", "conv_transpose") and "layer" not in s:
-                    raise ValueError(f"{s['host']!r}: the file does not say how this {s['rule']} layer is set up; merge it in memory")
+                table = s["kind"] == "tensor" and s["param"] == "weight" and len(s["shape"]) == 2 and self.key(join(s["host"], "weight"))
+                if "layer" not in s and (table or s["rule"] in ("embedding", "conv_transpose")):
+                    raise ValueError(f"the file does not say how the layer {s['host']!r} is set up (padding, groups): merge it in memory")
                 for param in dict.fromkeys(p for p in (s.get("param"), s.get("bias")) if p):
                     path = join(s["host"], param)
                     key = self.key(path)
@@ -412,7 +411,7 @@ def _trim() -> int:
 
 
 def _change(old: Tensor, new: Tensor) -> float:
-    return (new.float() - old.float()).abs().max().item() if old.numel() else 0.0
+    return (new.float() - old.float()).abs_().max().item() if old.numel() else 0.0
 
 
 class _Adapter:
@@ -455,6 +454,15 @@ class _Adapter:
         object.__setattr__(method, "site", self.sites[i])  # it was built on a site without values
         method.eval()
         return self.sites[i], method
+
+
+def _stand_in(facts: dict) -> nn.Module:
+    """An empty module in a host's place, which knows what merging asks a layer: its groups, or its padding row."""
+    module = nn.Embedding(1, 1, device="meta") if "padding_idx" in facts else nn.Module()
+    module._parameters.clear()
+    for k, v in facts.items():
+        setattr(module, k, v)
+    return module
 
 
 RULES = {rule.name: rule for rule in (layers.MATRIX, layers.LINEAR, layers.CONV1D, *layers.RULES.values())}

@@ -11,7 +11,7 @@ Structure: a rearrangement of W' - W has rank 1
 Family: Kronecker
 Paper: Yeh et al. 2023 (LyCORIS), arXiv 2309.14859; the product of low-rank factors of FedPara, Hyeon-Woo et al. 2021, arXiv 2108.06098
 Differs: a `factor` that does not divide is refused, where LyCORIS takes the nearest divisor below it. The scale is alpha / r also where
-    both factors are full.
+    both factors are full. On a convolution q counts the kernel positions when w2 is full or not; HF peft compares r with the channels alone.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class LoRA(Method):
         if self.A.is_meta:
             return
         if from_weight:
-            A, B, error = lowrank.STARTS[init](base.weight, r, self.s)
+            A, B, error = lowrank.start(init, base.weight, r, self.s)
             self.start_error, self.start_floor = error or (None, None)
             self.A0.copy_(A)
             self.B0.copy_(B)

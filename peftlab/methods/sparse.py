@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..method import Base, Method, positive_int
+from ..method import Base, Method, finite, positive_int
 from ..parts import masks
 
 
@@ -36,7 +36,7 @@ class Sparse(Method):
     def __init__(self, base: Base, *, density: float = 0.005, n: int | None = None, select: str = "magnitude", seed: int = 0):
         super().__init__(base)
         numel = math.prod(base.shape)
-        if isinstance(density, bool) or not 0 < density <= 1:
+        if not 0 < finite("density", density) <= 1:
             raise ValueError(f"density={density!r} at {base.path!r}: must lie in (0, 1]")
         if n is not None and positive_int("n", n, None, base) > numel:
             raise ValueError(f"n={n} at {base.path!r}: the tensor has {numel} entries")

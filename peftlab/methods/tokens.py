@@ -26,7 +26,7 @@ class Tokens(Method):
 
     def __init__(self, base: Base, *, ids: Sequence[int]):
         super().__init__(base)
-        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not isinstance(ids, Sequence) or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise ValueError(f"ids={ids!r} at {base.path!r}: must name at least one token by its number")
         if len(set(ids)) < len(ids):
             raise ValueError(f"ids at {base.path!r} name {sorted({i for i in ids if list(ids).count(i) > 1})} more than once")

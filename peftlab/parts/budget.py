@@ -7,7 +7,7 @@ import math
 
 def duration(name: str, value: float) -> float:
     """`value` if it is a share of all steps (below 1) or a whole number of steps."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < 1 or (value >= 1 and value == int(value) and math.isfinite(value))):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value < 1 or (1 <= value < math.inf and value == int(value))):
         raise ValueError(f"{name}={value!r}: a share of all steps in [0, 1), or a whole number of steps")
     return value
 

@@ -7,7 +7,9 @@ Everything is computed in float32 or better, on the device of W, and draws from 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -135,6 +137,29 @@ STARTS: dict[str, Callable[[Tensor, int, float], Start]] = {
     "pissa_exact": functools.partial(principal, svd=exact_svd),
     "olora": orthonormal,
 }
+
+
+REMEMBERED = 1 << 28  # bytes of factors that are kept for weights that come again
+_made: OrderedDict[tuple, Start] = OrderedDict()
+
+
+def start(init: str, W: Tensor, r: int, s: float) -> Start:
+    """`STARTS[init](W, r, s)`; for content that was decomposed before in this process, what came of it then."""
+    key = (init, r, s, W.dtype, tuple(W.shape), _digest(W))
+    if key in _made:
+        _made.move_to_end(key)
+    else:
+        A, B, error = STARTS[init](W, r, s)
+        _made[key] = A.cpu().clone(), B.cpu().clone(), error
+        while len(_made) > 1 and sum(a.nbytes + b.nbytes for a, b, _ in _made.values()) > REMEMBERED:
+            _made.popitem(last=False)
+    A, B, error = _made[key]
+    return A.to(W.device), B.to(W.device), error
+
+
+def _digest(W: Tensor) -> bytes:
+    data = W.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def disjoint(n_out: int, n_in: int, r: int) -> tuple[Tensor, Tensor]:
