@@ -510,7 +510,10 @@ def _why_unreached(t: _Trial, missed: list[_Subject]) -> list[str]:
         elif id(s.site.host) in called and id(s) in reads:
             out.append("its host is called, but the method's result does not depend on it")
         elif id(s.site.host) in called:
-            out.append("its host is called, but its output does not reach the loss (detached, under no_grad, or unused)")
+            out.append(
+                "its host is called, but its output does not reach the loss: detached, unused, under no_grad, or under reentrant "
+                "checkpointing of a block whose input requires no grad"
+            )
         elif id(s) in reads:
             out.append("its host is read, not called: wrap(..., read=[{paths}])")
         else:

@@ -224,7 +224,7 @@ def check_name(name: object) -> None:
     """An adapter's name is one path component that no module uses for itself."""
     if not isinstance(name, str) or not name or "." in name or "/" in name:
         raise ValueError(f"name={name!r}: a non-empty name without dots and slashes")
-    if hasattr(_PROBE, name):
+    if name in dir(_PROBE):
         raise ValueError(f"name={name!r} is reserved: modules have an attribute of that name")
 
 

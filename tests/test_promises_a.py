@@ -12,7 +12,6 @@ import inspect
 import math
 import re
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -319,7 +318,7 @@ def written_out(holder: nn.Module, method: str) -> tuple[torch.Tensor, torch.Ten
     W = clean.weight.detach() if raw_method else canonical(clean, clean.weight.detach())
     W2, b2 = ORACLES[method](W, b, tensors, options(method, next(iter(adapters.values()))), common)
     W2 = W2 if raw_method else raw(clean, W2)
-    if getattr(clean, "padding_idx", None) is not None and not raw_method:  # the padding row belongs to the model
+    if getattr(clean, "padding_idx", None) is not None:  # the padding row belongs to the model
         W2 = torch.cat([W2[: clean.padding_idx], clean.weight.detach()[clean.padding_idx, None], W2[clean.padding_idx + 1 :]])
     return W2, b2
 
@@ -1966,12 +1965,14 @@ STEPS = {
 def test_promise_17_work_grows_linearly_with_the_number_of_layers(tmp_path):
     """peft#3039, #2055, diffusers#8953: 16 times the layers took 92 times as long."""
     counts = {}
-    for n in (150, 600):
+    for n in (100, 400):
         model = Many(n)
         for step, call in STEPS.items():
             counts.setdefault(step, []).append(operations(lambda: call(model, tmp_path / f"{n}.safetensors")))
     ratios = {step: b / a for step, (a, b) in counts.items()}
     assert all(r <= 5 for r in ratios.values()), ratios  # 4 times the layers
+    per_layer = {step: b / 400 for step, (_, b) in counts.items()}
+    assert all(per_layer[k] <= n for k, n in {"wrap": 1000, "add": 1000, "load": 3000, "activate": 100}.items()), per_layer  # about twice what it is
 
 
 def test_promise_17_load_does_not_draw_values_that_it_overwrites(tmp_path):
@@ -1991,27 +1992,6 @@ def test_promise_17_load_does_not_draw_values_that_it_overwrites(tmp_path):
         with Watch():
             peftlab.load(fresh, path)
         assert drawn == [], (method, kw)
-
-
-@pytest.mark.slow
-def test_promise_17_eight_thousand_layers_by_the_clock(tmp_path):
-    """Bounds of the promise, for two free cores; three times as much is allowed for a shared machine."""
-    model, path, spent = Many(8000), tmp_path / "a.safetensors", {}
-
-    def timed(step, call):
-        start = time.perf_counter()
-        call()
-        spent[step] = time.perf_counter() - start
-
-    timed("wrap", lambda: peftlab.wrap(model, "lora", targets="layers.*", r=2))
-    timed("add", lambda: peftlab.wrap(model, "lora", targets="layers.*", r=2, name="second"))
-    timed("switch", lambda: peftlab.activate(model, "default"))
-    peftlab.save(model, path, "default")
-    fresh = Many(8000)
-    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "peftlab" not in k})
-    timed("load", lambda: peftlab.load(fresh, path))
-    bounds = {"wrap": 2, "add": 2, "switch": 0.1, "load": 3}
-    assert all(spent[k] <= 3 * bounds[k] for k in bounds), spent
 
 
 # ============================================================ row 19: dtypes

@@ -432,6 +432,25 @@ def test_check_under_reentrant_checkpointing(training):
     assert stepped
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_promise_03_reentrant_checkpointing_that_cuts_the_adapters_off_is_told_in_both_modes():
+    class Cut(Net):
+        def forward(self, ids):
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=True)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = peftlab.wrap(Cut(), "lora", r=2, targets=["q", "head"])
+    before = everything(model)
+    with pytest.raises(RuntimeError, match=r"'layers\.0\.q' would get no gradient.*enable_input_require_grads"):
+        peftlab.check(model, IDS)
+    assert_untouched(model, before)
+    with pytest.raises(peftlab.CheckError, match=r"3 of 4 adapters.*\n.*'layers\.2\.q'.*reentrant checkpointing"):
+        peftlab.check(model.eval(), IDS)
+
+
 def test_check_with_randomly_skipped_layers_and_a_cache_in_the_batch():
     class Skips(Net):
         def forward(self, ids, cache):
