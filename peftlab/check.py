@@ -324,7 +324,8 @@ class _Fence:
                 continue
             if b.data_ptr() != data.data_ptr():
                 b.data = data
-            if b.numel() <= BIG or b._version != version or (surely and bits(b) != bits(kept)):
+            # Large whole numbers are a quantised base's codes: they are looked at, not written again after every run.
+            if b.numel() <= BIG or b.is_floating_point() or b._version != version or (surely and bits(b) != bits(kept)):
                 data.copy_(kept)
 
     def set_random(self, seed: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import layers
 from .host import SHARED, STASH, Stack, bare, changes_bias, effective, paused_gc, pristine, refresh_alias_free, stacks, swap_out, walk
-from .sites import ensure_module, join
+from .sites import ensure_module, join, storage
 from .table import table
 from .wrap import LEDGER, Ledger, adapter_modules, ledgers, outside_disabled, which
 
@@ -249,7 +249,8 @@ def _forget(stack: Stack) -> None:
 
 def _change(host: nn.Module, param: str, value: Tensor) -> float:
     """The largest change of an entry."""
-    return (value.float() - host._parameters[param].detach().float()).abs().max().item() if value.numel() else 0.0
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return (value.to(wide) - host._parameters[param].detach().to(wide)).abs().max().item() if value.numel() else 0.0
 
 
 def _kept(stack: Stack, new: list[str]) -> list[str]:
@@ -266,7 +267,8 @@ def _refuse_nothing(rows: list, todo: list) -> None:
         for param in {site.param for site, _ in links}:
             raw = pristine(host, param)
             with torch.no_grad():
-                if not torch.equal(effective(host, param, links, raw).float(), raw.float()):
+                wide = torch.promote_types(raw.dtype, torch.float32)
+                if not torch.equal(effective(host, param, links, raw).to(wide), raw.to(wide)):
                     raise ValueError(f"merging {new} changes no layer: the change at {path!r} is lost in the rounding of {raw.dtype}")
 
 
@@ -290,7 +292,9 @@ def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) 
             value = effective(host, param, links, raw).to(raw.dtype)
         if not torch.isfinite(value).all():
             raise ValueError(f"merging {names} would put non-finite values into {join(path, param)!r}")
-        yield param, value
+        # A method may hand out its own tensor (a trained copy), or the frozen one: the merged weight has memory of its own.
+        held = {storage(t) for t in (raw, host._parameters[param], *(p for _, m in links for p in m.parameters()))}
+        yield param, value.clone() if storage(value) in held else value.contiguous()
 
 
 def _store(host: nn.Module, stack: Stack, param: str, value: Tensor) -> float:
@@ -298,8 +302,7 @@ def _store(host: nn.Module, stack: Stack, param: str, value: Tensor) -> float:
     delta = _change(host, param, value)
     if STASH + param not in stack._buffers:
         stack.register_buffer(STASH + param, raw.detach(), persistent=False)
-    fresh = value.contiguous() if value.data_ptr() != raw.data_ptr() else value.clone()
-    _rebind(host, stack, param, fresh)
+    _rebind(host, stack, param, value)
     return delta
 
 
@@ -357,9 +360,8 @@ def _unmerge(host: nn.Module, stack: Stack, names: Iterable[str]) -> None:
     stack.merged = tuple(n for n in stack.merged if n not in names)
     left = dict(_merged_tensors("", host, stack, _kept(stack, [])))
     for param in _stashed(stack):
-        kept = stack._buffers[STASH + param]
         if param in left:
-            _rebind(host, stack, param, left[param] if left[param].data_ptr() != kept.data_ptr() else left[param].clone())
+            _rebind(host, stack, param, left[param])
         else:
             _rebind(host, stack, param, stack._buffers.pop(STASH + param))
             _retie(host, stack, param)

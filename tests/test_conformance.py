@@ -11,6 +11,7 @@ import copy
 import hashlib
 import inspect
 import io
+import json
 import math
 import os
 import pickle
@@ -23,7 +24,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import ALL, CASES, EXPECTED, PARTNERS, QUICK, RELAID, ROUNDED_START, ROWS, Net, build, data, fits, fitting, inputs, keywords, loss_of, methods, quick, row_of
+from cases import (
+    ALL,
+    CASES,
+    EXPECTED,
+    PARTNERS,
+    QUICK,
+    RELAID,
+    ROUNDED_START,
+    ROWS,
+    Net,
+    build,
+    data,
+    fits,
+    fitting,
+    inputs,
+    keywords,
+    loss_of,
+    methods,
+    quick,
+    row_of,
+)
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -345,27 +366,6 @@ def test_law_01_start_is_the_base_bit_for_bit(method, case):
             assert any(torch.equal(y, w) for w in wanted), f"largest difference {(y - wanted[0]).abs().max():.3e}"
 
 
-@law_of_dropout
-def test_law_01_dropout_is_the_adapters_alone(method, case):
-    """Dropout acts on the adapter's branch: the frozen path never sees it, and neither does eval mode, a merge or the generator outside."""
-    base = build(case)
-    model = peftlab.wrap(copy.deepcopy(base), method, **{**keywords(method, case), "dropout": 0.5}, **data(case), dtype=torch.float64)
-    base.requires_grad_(False)
-    x = inputs(case)
-    model.train(), base.train()
-    torch.testing.assert_close(model(*x), copy.deepcopy(base)(*x), **TIGHT)  # a copy: with max_norm torch edits the table that it looks up
-    perturb(model)
-    wanted = reference(model, base, detach=True)(*x)
-    noisy = [model(*x) for _ in range(2)]
-    model.eval()
-    base.eval()
-    torch.testing.assert_close(model(*x), reference(model, base, detach=True)(*x), **TIGHT)
-    surrounded = any(not s.read_only and s.rows is None and x[0].is_floating_point() for s, _ in sites(model))
-    assert torch.equal(*noisy) is not surrounded, "dropout needs the call: layers that are read, and token ids, have none"
-    if not surrounded:
-        torch.testing.assert_close(noisy[0], wanted, **TIGHT)
-
-
 # ---------------------------------------------------------------- 2. fast path and definition
 
 
@@ -390,6 +390,27 @@ def test_law_02_in_eval_mode_too(method, case):
         torch.testing.assert_close(model(*x), reference(model, base, detach=True)(*x), **TIGHT)
 
 
+@law_of_dropout
+def test_law_02_dropout_is_the_adapters_alone(method, case):
+    """Dropout acts on the adapter's branch: the frozen path never sees it, and neither does eval mode, a merge or the generator outside."""
+    base = build(case)
+    model = peftlab.wrap(copy.deepcopy(base), method, **{**keywords(method, case), "dropout": 0.5}, **data(case), dtype=torch.float64)
+    base.requires_grad_(False)
+    x = inputs(case)
+    model.train(), base.train()
+    torch.testing.assert_close(model(*x), copy.deepcopy(base)(*x), **TIGHT)  # a copy: with max_norm torch edits the table that it looks up
+    perturb(model)
+    wanted = reference(model, base, detach=True)(*x)
+    noisy = [model(*x) for _ in range(2)]
+    model.eval()
+    base.eval()
+    torch.testing.assert_close(model(*x), reference(model, base, detach=True)(*x), **TIGHT)
+    surrounded = any(not s.read_only and s.rows is None and x[0].is_floating_point() for s, _ in sites(model))
+    assert torch.equal(*noisy) is not surrounded, "dropout needs the call: layers that are read, and token ids, have none"
+    if not surrounded:
+        torch.testing.assert_close(noisy[0], wanted, **TIGHT)
+
+
 # ---------------------------------------------------------------- 3. merging
 
 
@@ -410,9 +431,11 @@ def test_law_03_merged_is_wrapped_and_unmerge_gives_the_bits_back(method, case):
     assert report.max_delta > 0
     torch.testing.assert_close(model(*x), y, **TIGHT)
     torch.testing.assert_close(model(*x), twin(*x), **TIGHT)
+    adapters = {p.untyped_storage().data_ptr() for p in own(model).values()}
     for path, host, _ in stacks(model):
         for k, p in host._parameters.items():
             if p is not None:
+                assert p.untyped_storage().data_ptr() not in adapters, "a later step of the adapter would change the merged weight"
                 torch.testing.assert_close(p.detach(), twin.get_submodule(path)._parameters[k].detach(), **TIGHT)
     peftlab.unmerge(model)
     assert_state(model, before)
@@ -554,8 +577,9 @@ def formula(method: str, model: nn.Module) -> Fraction:
     for site, m in pairs:
         hyper = {k: p.default for k, p in registry.keywords(cls).items()} | m.recipe.hyper
         facts = dict(
-            n_out=site.n_out, n_in=site.n_in, shape=site.shape, numel=math.prod(site.shape), has_bias=site.has_bias, sites=Fraction(len(pairs)), min=min, max=max
-        )
+            n_out=site.n_out, n_in=site.n_in, shape=site.shape, numel=math.prod(site.shape), has_bias=site.has_bias,
+            sites=Fraction(len(pairs)), min=min, max=max,
+        )  # fmt: skip
         total += Fraction(eval(entry.trains, vars(sys.modules[cls.__module__]) | hyper | facts))
     return total
 
@@ -746,7 +770,8 @@ def test_law_09_stacks(method, above, case):
     try:
         wrap(model, above, case, name="two")
     except ValueError as e:  # a layer whose weight is packed takes both only where neither needs to see the other's work
-        assert "only offers a call" in str(e)
+        if "only offers a call" not in str(e):
+            raise
         assert_state(model, before)
         return
     perturb(model)
@@ -1098,7 +1123,7 @@ def test_law_12_same_seed_same_values(method, case):
     found = []
     for before, after in ((), ("lora",)), (("lora",), ()), (("ia3", "lora"), ()):
         model = build(case)
-        partners = [p for p in (*before, *after) if fits(p, case)]
+        partners = [p for p in (*before, *after) if fits(p, case) and together(method, p, case)]
         for p in partners if before else ():
             wrap(model, p, case, name=f"other_{p}")
         kept = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate(), torch.get_default_dtype()
@@ -1119,6 +1144,17 @@ def test_law_12_same_seed_same_values(method, case):
                 assert_bits(other[k], t)
 
 
+def together(method: str, other: str, case: str) -> bool:
+    """Whether the library takes both at one place: a layer whose weight is packed cannot always be surrounded and read."""
+    try:
+        wrap(wrap(build(case), other, case, name="other"), method, case, name="mine")
+    except ValueError as e:
+        if "only offers a call" not in str(e):
+            raise
+        return False
+    return True
+
+
 def digest() -> dict[str, str]:
     """A fingerprint of every method's start values on its first case."""
     out = {}
@@ -1130,13 +1166,31 @@ def digest() -> dict[str, str]:
     return out
 
 
-def test_law_12_same_values_in_another_process():
-    code = "import test_conformance as t; [print(k, v) for k, v in t.digest().items()]"
+def answers(folder: str) -> dict[str, str]:
+    """A fingerprint of every method's output after its file is loaded under another name."""
+    out = {}
+    for method in METHODS:
+        model = build(quick(method)[0]).eval()
+        peftlab.load(model, Path(folder, f"{method}.safetensors"), names={"default": "renamed"})
+        out[method] = hashlib.sha256(bits(model(*inputs(quick(method)[0])))).hexdigest()
+    return out
+
+
+def test_law_12_same_values_in_another_process(tmp_path):
+    """Start values, and what is not in a file because it can be derived again, depend on nothing that a process brings along."""
+    wanted = {}
+    for method in METHODS:
+        _, model, x = moved(method, quick(method)[0])
+        wanted[method] = hashlib.sha256(bits(model.eval()(*x))).hexdigest()
+        peftlab.save(model, tmp_path / f"{method}.safetensors")
+    code = "import sys, json, test_conformance as t; print(json.dumps([t.digest(), t.answers(sys.argv[1])]))"
     here = str(Path(__file__).parent)
     env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join([here, str(Path(peftlab.__file__).parents[1])])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=here, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, cwd=here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert dict(line.split() for line in done.stdout.splitlines()) == digest()
+    starts_there, answers_there = json.loads(done.stdout.splitlines()[-1])
+    assert starts_there == digest()
+    assert answers_there == wanted
 
 
 # ---------------------------------------------------------------- 14. learning

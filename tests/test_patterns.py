@@ -388,8 +388,8 @@ def test_a_tie_below_the_winner_does_not_matter_in_any_order():
 def test_an_impossible_override_names_itself(changes):
     with pytest.raises((TypeError, ValueError)) as e:
         ranks(overrides={"v_proj": changes})
-    assert ("v_proj" in str(e.value))
-    assert (("rank" in str(e.value) and "'r'" in str(e.value)) or "r=" in str(e.value))
+    assert "v_proj" in str(e.value)
+    assert ("rank" in str(e.value) and "'r'" in str(e.value)) or "r=" in str(e.value)
 
 
 # ---------------------------------------------------------------- layers

@@ -1099,6 +1099,7 @@ def test_promise_46_outside_code_that_looks_at_types_still_finds_its_layers():
 
 def run_of(steps, resume_at, method, tmp_path, **kw):
     """Trains for `steps`; at `resume_at` everything is written to files, thrown away, and read back into fresh objects."""
+
     def build():
         model = lm().train()
         for m in model.modules():
@@ -1204,12 +1205,14 @@ def test_promise_48_a_hundred_cycles_leave_no_trace(method, tmp_path):
 
     for i in range(4):
         cycle(i)
-    objects, held = alive()
-    for i in range(4, 104):
-        cycle(i)
-    more, held_now = alive()
-    assert more - objects < 100, more - objects  # less than one object a cycle
-    assert held_now - held < 1 << 20
+    counts = [alive()]
+    for first in (4, 54):
+        for i in range(first, first + 50):
+            cycle(i)
+        counts.append(alive())
+    (_, held), _, (_, held_now) = counts
+    # What piles up does so in both halves; pytest's own objects come and go.
+    assert min(b - a for (a, _), (b, _) in zip(counts, counts[1:])) < 25, counts
     assert held_now <= held + 4096
     assert [(n, id(m), type(m)) for n, m in model.named_modules()] == names
     assert torch.equal(model(IDS), want)
@@ -1240,6 +1243,7 @@ def rewritten(path, new, change):
 
 def test_promise_49_an_unknown_option_at_its_default_is_ignored_and_at_another_value_raises(saved, tmp_path):
     """peft#2275: unknown config argument. The error says which version wrote the file."""
+
     def add(at_default):
         def change(header):
             header["peftlab"] = "7.3.1"

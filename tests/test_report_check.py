@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import threading
 
 import numpy as np
@@ -402,6 +403,10 @@ def test_check_under_autocast_and_compile():
     before = everything(model)
     assert peftlab.check(torch.compile(model, backend="eager"), IDS).ok
     assert_untouched(model, before)
+    full = peftlab.wrap(net().eval(), "full", targets="layers.*.weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        full(IDS)  # autocast keeps casts of the tensors as they are
+        assert peftlab.check(full, IDS).ok
     for off in (torch.no_grad, torch.inference_mode):
         with off():
             assert peftlab.check(model, IDS).ok
@@ -650,6 +655,8 @@ class Wrong(Method):
         return W + self.B @ self.inner()
 
     def forward(self, base: Base, x):
+        if self.fault == "cut off":
+            return base(x) + base.mix(self.B, base.apply(self.inner(), x)).detach()
         s = 2.0 if self.fault == "other forward" and base.path.endswith("1.v") else 1.0
         return base(x) + base.mix(self.B, s * base.apply(self.inner(), x))
 
@@ -659,6 +666,7 @@ class Wrong(Method):
     [
         ("", None, (), ""),
         ("dead tensor", "reached", ("layers.0.v", "layers.1.v", "layers.2.v"), "'C' of its tensors"),
+        ("cut off", "reached", ("layers.0.v", "layers.1.v", "layers.2.v"), "the method's result does not depend on it"),
         ("no gradient", "reached", ("layers.0.v", "layers.1.v", "layers.2.v"), "'A' of its tensors"),
         ("no effect", "moves", ("layers.0.v", "layers.1.v", "layers.2.v"), "does not change the output"),
         ("unsaved buffer", "saves", ("layers.0.v", "layers.1.v", "layers.2.v"), "'S' is not the same after loading"),
@@ -690,6 +698,74 @@ def test_promise_02_a_faulty_method_is_found_out(fault, step, paths, remedy, mon
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_check_puts_back_buffers_however_they_were_changed(large, monkeypatch):
+    class Restless(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("behind", torch.arange(9))
+            self.register_buffer("moved", torch.arange(3.0))
+            self.register_buffer("bound", torch.arange(3.0), persistent=False)
+
+        def forward(self, ids):
+            self.behind.data += 1  # no version is counted
+            self.moved.data = self.moved.data + 1
+            self.bound = self.bound + 1
+            self.register_buffer("new", torch.ones(1), persistent=False)
+            return super().forward(ids) + torch.randn(4)  # in eval too
+
+    if large:
+        monkeypatch.setattr(sys.modules["peftlab.check"], "BIG", 2)
+    torch.manual_seed(0)
+    model = peftlab.wrap(Restless(), "lora", r=2, targets="q")
+    for training in (True, False):
+        model.train(training)
+        before = everything(model)
+        assert peftlab.check(model, IDS).ok
+        assert_untouched(model, before)
+
+
+def test_check_finds_what_does_not_belong_in_the_file(monkeypatch):
+    from peftlab import io
+    from peftlab.io.file import read, write
+
+    genuine = io.save
+
+    def save(model, path, **kw):
+        genuine(model, path, **kw)
+        header, tensors = read(path)
+        write(path, tensors | {"layers.0.q.stray": torch.ones(2)}, header)
+
+    monkeypatch.setattr(io, "save", save)
+    with pytest.raises(peftlab.CheckError, match=r"not saved.*'layers\.0\.q\.stray'"):
+        peftlab.check(peftlab.wrap(net(), "lora", r=2, targets="q"), IDS)
+
+
+def test_promise_09_an_unmerge_that_loses_a_bit_is_found(monkeypatch):
+    there = sys.modules["peftlab.check"]
+    genuine = there.unmerge
+
+    def unmerge(model, names=None):
+        genuine(model, names)
+        W = model.layers[1].q._parameters["weight"].data
+        W[0, 0] = torch.nextafter(W[0, 0], torch.tensor(9.0))
+
+    monkeypatch.setattr(there, "unmerge", unmerge)
+    with pytest.raises(peftlab.CheckError, match=r"1 of 3 adapters.*\n.*'layers\.1\.q'.*does not give the frozen bits back"):
+        peftlab.check(peftlab.wrap(net(), "lora", r=2, targets="q"), IDS)
+
+
+def test_check_in_the_middle_of_a_scheduled_run():
+    """What a schedule remembers of the run is not the file's."""
+    model = peftlab.wrap(net(), "adalora", r=1, init_r=2, targets="q")
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    peftlab.schedule(model, optimizer, total_steps=30)
+    loop(model, optimizer, 12)
+    before = everything(model)
+    assert peftlab.check(model, IDS).ok
+    assert_untouched(model, before)
+
+
 def test_check_names_what_cannot_be_saved(monkeypatch):
     model = peftlab.wrap(net(), "lora", r=2, targets="q")
     with torch.no_grad():
@@ -713,6 +789,8 @@ def test_check_after_a_forward_that_raises_leaves_everything_as_it_was():
         model = Raises()
         model.left = left
         peftlab.wrap(model, "lora", r=2, targets="q")
+        peftlab.wrap(model, "ia3", targets="v", name="frozen")
+        peftlab.freeze(model, "frozen")
         before = everything(model)
         try:
             peftlab.check(model, IDS)

@@ -99,7 +99,9 @@ def _compare(options: Options, request: Request, folder: Path, console: Console)
     for name, why in left:
         say(f"left out {name}: {escape(why)}")
 
-    rates = {name: request.rates or [rate(job.method) * f for f in AROUND] for name, job in jobs}
+    around = {name: [rate(job.method) * f for f in AROUND] for name, job in jobs}
+    # Rates that suit adapters ruin a whole model: the reference keeps its own.
+    rates = {name: [rate(job.method)] if request.rates and name == FULL else request.rates or around[name] for name, job in jobs}
     runs = sum(len(rates[name]) + len(request.seeds) - 1 for name, _ in jobs)
     finished, failed = True, []
     with tqdm(total=runs, unit="run", dynamic_ncols=True, file=console.file) as bar:

@@ -89,7 +89,9 @@ def comparison(path: Path, rows: list[dict], lines: list[tuple[str, float]], tit
             )
         sizes = [row["trainable"] for row in rows]
         axes.set_xlim(min(sizes) / 2.2, max(sizes) * 3)
-        values = [v for row in rows for v in (row["mean"] - (row["spread"] or 0), row["mean"] + (row["spread"] or 0))] + [v for _, v in lines]
+        values = [v for row in rows for v in (row["mean"] - (row["spread"] or 0), row["mean"] + (row["spread"] or 0))] + [
+            v for _, v in lines
+        ]
         low, high = min(values), max(values)
         pad = max(0.08 * (high - low), 1e-3)
         axes.set_ylim(low - pad, high + pad)
@@ -106,6 +108,9 @@ def comparison(path: Path, rows: list[dict], lines: list[tuple[str, float]], tit
             boxes += [(x - 7, y - 7, x + 7, y + 7), (x - 4, y - up - 2, x + 4, y + up + 2)]
         for label, value in lines:
             axes.axhline(value, color=GREY, linewidth=1, linestyle="--")
+            y = axes.transData.transform((sizes[0], value))[1]
+            frame = axes.get_window_extent()
+            boxes.append((frame.x0, y - 1, frame.x1, y + 1))
             boxes.append(_place_line_label(figure, axes, f"{label} {_value(value)}", value, boxes))
         for row in sorted(rows, key=lambda r: (not r["reference"], r["trainable"])):
             boxes.append(_place(figure, axes, row["name"], row["trainable"], row["mean"], RED if row["reference"] else INK, boxes))
@@ -140,7 +145,7 @@ def _place(figure: Figure, axes, text: str, x: float, y: float, color: str, boxe
         cx, cy = px + dx * (w / 2 + 10 + radius * 10), py + dy * (h / 2 + 10 + radius * 10)
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
         outside = max(0, frame.x0 - box[0]) + max(0, box[2] - frame.x1) + max(0, frame.y0 - box[1]) + max(0, box[3] - frame.y1)
-        cost = sum(_overlap(box, b) for b in boxes) + 50 * outside + 6 * radius**2 + (0 if angle == 0 else 1)
+        cost = sum(_overlap(box, b) for b in boxes) * 3 + 50 * outside + 6 * radius**2 + (0 if angle == 0 else 1)
         if cost < best_cost:
             best, best_cost = (cx, cy), cost
     scale = 72 / figure.dpi
@@ -171,7 +176,9 @@ def _place_line_label(figure: Figure, axes, text: str, y: float, boxes: list[tup
     return best
 
 
-def page(path: Path, png: Path, title: str, facts: list[str], head: list[str], rows: list[list[str]], skipped: list[tuple[str, str]]) -> None:
+def page(
+    path: Path, png: Path, title: str, facts: list[str], head: list[str], rows: list[list[str]], skipped: list[tuple[str, str]]
+) -> None:
     """A self-contained HTML page: the figure, the table, and what was left out."""
     image = base64.b64encode(png.read_bytes()).decode()
     cell = lambda tag, v: f"<{tag}>{html.escape(str(v))}</{tag}>"  # noqa: E731

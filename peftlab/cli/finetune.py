@@ -202,7 +202,7 @@ def before(work: Work, say) -> dict:
     regression, l2 = probe(X["train"], y["train"], X["val"], y["val"], len(task.classes))
     accuracy = regression.accuracy(X["test"], y["test"])
     majority = (y["test"] == y["train"].mode().values).float().mean().item()
-    say(f"[bold]before:[/] test accuracy {100 * accuracy:.1f} % (linear probe on the frozen model; always the commonest class {100 * majority:.1f} %)")
+    say(f"[bold]before:[/] test accuracy {100 * accuracy:.1f} % (linear probe on the frozen model; commonest class {100 * majority:.1f} %)")
     return {"accuracy": accuracy, "l2": l2, "majority": majority}
 
 

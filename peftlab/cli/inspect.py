@@ -23,12 +23,18 @@ def inspect(path: Path, tensors: bool, console: Console) -> int:
         header, values = read(path)
     size = {k: t.numel() * t.element_size() for k, t in values.items()}
     say = lambda text: console.print(escape(text), highlight=False, soft_wrap=True)  # noqa: E731
-    say(f"{path}: {path.stat().st_size:,} bytes, format {header['format']}, written by peftlab {header['peftlab']}; {len(values)} tensors, all checksums right")
+    say(f"{path}: {path.stat().st_size:,} bytes, format {header['format']}, written by peftlab {header['peftlab']}")
+    say(f"{len(values)} tensors, all checksums right")
     for adapter in header["adapters"]:
-        state = f"{'active' if adapter.get('active', True) else 'inactive'}, {'trainable' if adapter.get('trainable') else 'frozen'} when saved"
+        state = (
+            f"{'active' if adapter.get('active', True) else 'inactive'}, {'trainable' if adapter.get('trainable') else 'frozen'} when saved"
+        )
         say(f"\nadapter {adapter['name']!r}: {adapter['method']}, {len(adapter['sites'])} sites, seed {adapter['seed']}, {state}")
         for i, setting in enumerate(adapter["settings"]):
-            given = ", ".join(f"{k}={v}" for k, v in setting["options"].items() if k not in setting["at_default"]) or "all options at their defaults"
+            given = (
+                ", ".join(f"{k}={v}" for k, v in setting["options"].items() if k not in setting["at_default"])
+                or "all options at their defaults"
+            )
             default = ", ".join(f"{k}={setting['options'][k]}" for k in setting["at_default"])
             sites = sum(1 for site in adapter["sites"] if site["settings"] == i)
             say(f"  options of {sites} sites: {given}" + (f" (default: {default})" if default else ""))
@@ -41,7 +47,8 @@ def inspect(path: Path, tensors: bool, console: Console) -> int:
         if header[kind]:
             say(f"{kind}: {', '.join(header[kind])}")
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in values.values())
-    say(f"{sum(t.numel() for t in values.values()):,} values in {sum(size.values()):,} bytes ({', '.join(f'{n} {d}' for d, n in dtypes.items())})")
+    kinds = ", ".join(f"{n} {d}" for d, n in dtypes.items())
+    say(f"{sum(t.numel() for t in values.values()):,} values in {sum(size.values()):,} bytes ({kinds})")
     if tensors:
         table = Table("tensor", "dtype", "shape", "largest value")
         for key, t in sorted(values.items()):

@@ -23,6 +23,7 @@ from .data import Row, Split, package_folder
 from .errors import UserError
 
 HEAD = "task_head"
+SMOOTHING = 0.1  # of the training labels: without it confidence outruns accuracy, and the best validation loss comes too early
 
 
 class Batch(NamedTuple):
@@ -206,7 +207,7 @@ class Classify(Task):
         return Batch(self.inputs(items), torch.tensor([item.label for item in items], device=self.device))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(model(**batch.inputs).float(), batch.target)
+        return F.cross_entropy(model(**batch.inputs).float(), batch.target, label_smoothing=SMOOTHING)
 
     @torch.no_grad()
     def features(self, encoder: nn.Module, items: list[Item], size: int = 64) -> Tensor:
