@@ -93,7 +93,8 @@ FAULTS = [
     Fault(
         "stride lost in a convolution's low-rank product", "layers.py",
         "return self.affine(m, M.repeat(m.groups, 1) if m.groups > 1 else M, None, x)",
-        "from unittest import mock\n        with mock.patch.object(m, 'stride', (1,) * len(m.stride)):\n            return self.affine(m, M.repeat(m.groups, 1) "
+        "from unittest import mock\n        with mock.patch.object(m, 'stride', (1,) * len(m.stride)):\n            "
+        "return self.affine(m, M.repeat(m.groups, 1) "
         "if m.groups > 1 else M, None, x)",
         "lora-conv2d_groups",
     ),
@@ -255,6 +256,7 @@ FAULTS = [
         "lora-two",
     ),
 ]  # fmt: skip
+
 
 def narrow(cases: Path, fault: Fault) -> None:
     """Leave only the layers that are looked at in the copied zoo: collecting the whole matrix takes longer than running a part of it."""

@@ -674,6 +674,7 @@ def test_law_07_a_damaged_file_is_refused(method, case, tmp_path):
         "one bit of the last tensor": blob[:-1] + bytes([blob[-1] ^ 4]),
         "one bit of the first tensor": blob[:head] + bytes([blob[head] ^ 1]) + blob[head + 1 :],
         "one letter of the header": blob.replace(b"settings", b"sottings", 1),
+        "one digit of the header": blob.replace(b'seed\\":0', b'seed\\":1', 1),
         "empty": b"",
     }
     for what, content in spoilt.items():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.check import CheckReport
+from peftlab.check import CheckReport, _distance, bits
 from peftlab.host import CHILD, stacks
 from peftlab.method import Base, Method
 from peftlab.report import Row
@@ -641,6 +641,8 @@ class Wrong(Method):
         self.A, self.B = nn.Parameter(torch.randn(r, base.n_in)), nn.Parameter(torch.zeros(base.n_out, r))
         if self.fault == "dead tensor":
             self.C = nn.Parameter(torch.zeros(3))
+        if self.fault == "":  # a constant that is a parameter is no fault
+            self.K = nn.Parameter(torch.ones(r), requires_grad=False)
         if self.fault == "unsaved buffer":
             self.register_buffer("S", torch.rand(r), persistent=False)
         if self.fault == "unsaved value":
@@ -648,7 +650,7 @@ class Wrong(Method):
 
     def inner(self):
         A = self.A * self.S[:, None] if self.fault == "unsaved buffer" else self.A
-        A = A * self.scale if self.fault == "unsaved value" else A
+        A = A * self.scale if self.fault == "unsaved value" else A * self.K.detach()[:, None] if self.fault == "" else A
         return A * 0 if self.fault == "no effect" else A.detach() if self.fault == "no gradient" else A
 
     def weight(self, W):
@@ -753,6 +755,39 @@ def test_promise_09_an_unmerge_that_loses_a_bit_is_found(monkeypatch):
     monkeypatch.setattr(there, "unmerge", unmerge)
     with pytest.raises(peftlab.CheckError, match=r"1 of 3 adapters.*\n.*'layers\.1\.q'.*does not give the frozen bits back"):
         peftlab.check(peftlab.wrap(net(), "lora", r=2, targets="q"), IDS)
+
+
+def test_distances_see_behind_masks_and_not_numbers():
+    inf, nan = float("inf"), float("nan")
+
+    def distance(a, b, moved=None):
+        return _distance(*([torch.tensor(t, dtype=torch.float64)] for t in (a, b, *([moved] if moved else []))))
+
+    assert distance([1.0, -1e9, inf, nan], [1.0, -1e9, inf, nan]) == 0
+    assert distance([2.0, -1e9, -inf], [2.5, -1e9, -inf]) == 0.25
+    assert distance([2.0, 4.0, -1e9], [2.0, 4.4, -1e9], [1.0, 1.0, -1e9]) == pytest.approx(0.1)
+    assert distance([2.0, 4.0, -1e9], [2.4, 4.0, -1e9], [1.0, 1.0, -1e9]) == pytest.approx(0.1)
+    for a, b in (([nan], [1.0]), ([1.0], [nan]), ([inf], [1.0]), ([1.0], [inf]), ([inf], [-inf]), ([0.0], [1.0])):
+        assert distance(a, b) == inf, (a, b)
+    assert _distance([torch.ones(2)], [torch.ones(3)]) == inf
+
+
+def test_bits_tell_tensors_apart():
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool):
+        for shape in ((), (1,), (7,), (3, 5), (0,)):
+            t = (torch.randn(shape, generator=g) * 9).to(dtype)
+            assert bits(t) == bits(t.clone())
+            for i in range(t.numel()):
+                other = t.clone()
+                raw = other.reshape(-1).view(torch.uint8)
+                raw[i * t.element_size()] ^= 1
+                assert bits(other) != bits(t)
+    t = torch.randn(4, 6, generator=g)
+    assert bits(t.mT) == bits(t.mT.contiguous()) != bits(t)
+    assert bits(t[1:, 1]) == bits(t[1:, 1].clone())
+    assert bits(torch.arange(6.0)) != bits(torch.arange(6.0).flip(0))
+    assert bits(torch.arange(7.0)[1:]) == bits(torch.arange(1.0, 7.0))
 
 
 def test_check_in_the_middle_of_a_scheduled_run():
@@ -957,13 +992,25 @@ def test_promise_11_nothing_to_watch_and_bad_steps_raise():
     peftlab.freeze(model)
     with pytest.raises(ValueError, match="no active adapter of this model trains"):
         peftlab.watch(model, optimizer)
+    peftlab.unfreeze(model)
+    peftlab.merge(stir(model))
+    with pytest.raises(ValueError, match="no active adapter of this model trains"):
+        peftlab.watch(model, optimizer)
+    peftlab.unmerge(model)
+    watch = peftlab.watch(model, optimizer, steps=2)
+    grads = [p.requires_grad for p in peftlab.unwrap(model).parameters()]
+    assert all(grads)
+    loop(model, optimizer, 2)  # what is no longer there need not move
+    assert watch.done
 
 
 def test_promise_11_a_learning_rate_of_zero_is_named_and_remove_stops_the_watch():
     model = peftlab.wrap(net(), "lora", r=2, targets="q")
     optimizer = torch.optim.SGD(trained(model), lr=0.0)
     peftlab.watch(model, optimizer, steps=2)
-    with pytest.raises(RuntimeError, match="learning rate"):
+    with torch.no_grad():
+        model.layers[0].q.peftlab.default.B.neg_()  # -0.0 is no change
+    with pytest.raises(RuntimeError, match=r"^6 adapter tensors.*learning rate"):
         loop(model, optimizer, 2)
     handle = peftlab.watch(model, optimizer, steps=2)
     handle.remove()
