@@ -1,6 +1,6 @@
 """Write what is generated from the method files: the README's table and one page a family. `--check` only compares.
 
-    python docs/generate.py
+python docs/generate.py
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
 
     An adapter that is merged and not named is unmerged first, exactly.
     """
-    chosen = [] if names is None else which(ensure_module(model), names)
-    outside_disabled(model)
-    found = stacks(model)
+    found = stacks(ensure_module(model))
+    chosen = [] if names is None else which(model, names)
+    outside_disabled(model, found)
     for path, _, s in found:
         gone = [n for n in s.lossy if n not in chosen]
         if gone:

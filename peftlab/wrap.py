@@ -233,9 +233,9 @@ def check_dtype(dtype: object) -> None:
         raise TypeError(f"dtype={dtype!r}: a floating torch dtype such as torch.bfloat16")
 
 
-def outside_disabled(model: nn.Module) -> None:
+def outside_disabled(model: nn.Module, found: list | None = None) -> None:
     """Inside `disabled` the frozen tensors are in the adapted ones' place: nothing may be changed or saved there."""
-    if any(s.silent for _, _, s in stacks(model)):
+    if any(s.silent for _, _, s in (stacks(model) if found is None else found)):
         raise ValueError("inside `with disabled(model)` adapters cannot be changed or saved: leave the block first")
 
 

@@ -29,9 +29,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="An option of the method (or of peftlab.wrap), such as r=16; may be repeated."),
 ]
-Targets = Annotated[
-    list[str] | None, typer.Option("--target", metavar="PATTERN", help="Where the method sits, by name or glob; may be repeated.")
-]
+Targets = Annotated[list[str] | None, typer.Option("--target", metavar="PATTERN", help="Where the method sits, by name or glob; may be repeated.")]
 Model = Annotated[Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model folder. Default: all-MiniLM-L6-v2.")]
 Data = Annotated[Path | None, typer.Option(metavar="FILE", help="A csv or jsonl file. Default: Rotten Tomatoes sentences.")]
 Task = Annotated[str, typer.Option(help="classify (a text and a label column) or lm (a text column).")]
@@ -90,9 +88,7 @@ def finetune(
 def compare(
     method: Annotated[list[str] | None, typer.Option(help="A method to compare; may be repeated. Default: all that fit.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds (0, 1, ...).")] = 3,
-    lr: Annotated[
-        list[float] | None, typer.Option(help="A learning rate to try, the reference apart; may be repeated. Default: three a method.")
-    ] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="A learning rate to try, the reference apart; may be repeated. Default: three a method.")] = None,
     reference: Annotated[bool, typer.Option(help="Train full fine-tuning as a reference point too.")] = True,
     model: Model = None,
     data: Data = None,

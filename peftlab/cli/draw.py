@@ -89,9 +89,7 @@ def comparison(path: Path, rows: list[dict], lines: list[tuple[str, float]], tit
             )
         sizes = [row["trainable"] for row in rows]
         axes.set_xlim(min(sizes) / 2.2, max(sizes) * 3)
-        values = [v for row in rows for v in (row["mean"] - (row["spread"] or 0), row["mean"] + (row["spread"] or 0))] + [
-            v for _, v in lines
-        ]
+        values = [v for row in rows for v in (row["mean"] - (row["spread"] or 0), row["mean"] + (row["spread"] or 0))] + [v for _, v in lines]
         low, high = min(values), max(values)
         pad = max(0.08 * (high - low), 1e-3)
         axes.set_ylim(low - pad, high + pad)
@@ -176,9 +174,7 @@ def _place_line_label(figure: Figure, axes, text: str, y: float, boxes: list[tup
     return best
 
 
-def page(
-    path: Path, png: Path, title: str, facts: list[str], head: list[str], rows: list[list[str]], skipped: list[tuple[str, str]]
-) -> None:
+def page(path: Path, png: Path, title: str, facts: list[str], head: list[str], rows: list[list[str]], skipped: list[tuple[str, str]]) -> None:
     """A self-contained HTML page: the figure, the table, and what was left out."""
     image = base64.b64encode(png.read_bytes()).decode()
     cell = lambda tag, v: f"<{tag}>{html.escape(str(v))}</{tag}>"  # noqa: E731

@@ -26,15 +26,10 @@ def inspect(path: Path, tensors: bool, console: Console) -> int:
     say(f"{path}: {path.stat().st_size:,} bytes, format {header['format']}, written by peftlab {header['peftlab']}")
     say(f"{len(values)} tensors, all checksums right")
     for adapter in header["adapters"]:
-        state = (
-            f"{'active' if adapter.get('active', True) else 'inactive'}, {'trainable' if adapter.get('trainable') else 'frozen'} when saved"
-        )
+        state = f"{'active' if adapter.get('active', True) else 'inactive'}, {'trainable' if adapter.get('trainable') else 'frozen'} when saved"
         say(f"\nadapter {adapter['name']!r}: {adapter['method']}, {len(adapter['sites'])} sites, seed {adapter['seed']}, {state}")
         for i, setting in enumerate(adapter["settings"]):
-            given = (
-                ", ".join(f"{k}={v}" for k, v in setting["options"].items() if k not in setting["at_default"])
-                or "all options at their defaults"
-            )
+            given = ", ".join(f"{k}={v}" for k, v in setting["options"].items() if k not in setting["at_default"]) or "all options at their defaults"
             default = ", ".join(f"{k}={setting['options'][k]}" for k in setting["at_default"])
             sites = sum(1 for site in adapter["sites"] if site["settings"] == i)
             say(f"  options of {sites} sites: {given}" + (f" (default: {default})" if default else ""))

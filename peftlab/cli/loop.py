@@ -66,9 +66,7 @@ class Loop:
         run: facts that a resumed run must share (the model, the method, the data), kept in the state.
     """
 
-    def __init__(
-        self, model: nn.Module, task: Task, train: list[Item], val: list[Item], settings: Settings, folder: Path, run: dict | None = None
-    ):
+    def __init__(self, model: nn.Module, task: Task, train: list[Item], val: list[Item], settings: Settings, folder: Path, run: dict | None = None):
         self.model, self.task, self.train, self.val, self.settings, self.folder = model, task, train, val, settings, folder
         self.facts = run or {}
         self.per_epoch = math.ceil(len(train) / settings.batch)
@@ -171,14 +169,10 @@ class Loop:
         params = dict(self.model.named_parameters())
         moments = _unpack(info["optimizer"], tensors)
         if not moments.keys() <= params.keys():
-            raise UserError(
-                f"--resume: {self.folder / STATE} trained {sorted(moments.keys() - params.keys())[0]!r}, which this run does not have"
-            )
+            raise UserError(f"--resume: {self.folder / STATE} trained {sorted(moments.keys() - params.keys())[0]!r}, which this run does not have")
         for name, state in moments.items():
             # AdamW keeps its step counter on the CPU and the rest beside the parameter.
-            self.optimizer.state[params[name]] = {
-                k: v if k == "step" or not isinstance(v, Tensor) else v.to(params[name].device) for k, v in state.items()
-            }
+            self.optimizer.state[params[name]] = {k: v if k == "step" or not isinstance(v, Tensor) else v.to(params[name].device) for k, v in state.items()}
         for group, lr in zip(self.optimizer.param_groups, info["rates"], strict=True):
             group["lr"] = lr
         self.rate.load_state_dict({**self.rate.state_dict(), **_unpack(info["rate"], tensors)})

@@ -246,18 +246,14 @@ class _Job:
         for a in chosen:
             for s in a["sites"]:
                 if s.get("tie") == "untie":
-                    raise ValueError(
-                        f"{join(s['host'], s['param'])!r} was untied, so the merged model has one tensor more: merge it in memory"
-                    )
+                    raise ValueError(f"{join(s['host'], s['param'])!r} was untied, so the merged model has one tensor more: merge it in memory")
                 hosts.setdefault(s["host"], _stand_in(s.get("layer") or {}))
         self.hosts = hosts
         in_place = {join(s["host"], s.get("param") or "") for a in chosen for s in a["sites"]}
         self.replacing += [k for k in header["tensors"] if k in in_place]  # trained in place: the file holds the base tensor itself
         self.prefix = self._find_prefix()
         self._lay_out()
-        self.sites: dict[str, list[tuple[str, int]]] = {
-            path: [] for path in hosts
-        }  # host -> (adapter, number of the site), in stacking order
+        self.sites: dict[str, list[tuple[str, int]]] = {path: [] for path in hosts}  # host -> (adapter, number of the site), in stacking order
         for a in chosen:
             for i, s in enumerate(a["sites"]):
                 self.sites[s["host"]].append((a["name"], i))
@@ -305,18 +301,12 @@ class _Job:
                     key = self.key(path)
                     if key is not None:
                         place = self.shards.places[key]
-                        host._parameters[param] = nn.Parameter(
-                            torch.empty(place.shape, dtype=place.dtype, device="meta"), requires_grad=False
-                        )
+                        host._parameters[param] = nn.Parameter(torch.empty(place.shape, dtype=place.dtype, device="meta"), requires_grad=False)
                     elif (s["host"], param) in replaced and path in base:
                         dtype = getattr(torch, base[path]["dtype"])
-                        host._parameters[param] = nn.Parameter(
-                            torch.empty(base[path]["shape"], dtype=dtype, device="meta"), requires_grad=False
-                        )
+                        host._parameters[param] = nn.Parameter(torch.empty(base[path]["shape"], dtype=dtype, device="meta"), requires_grad=False)
                     elif path in base:
-                        raise LoadError(
-                            f"the adapter was trained on {path!r}, which the folder does not have.{did_you_mean(path, self.shards.places)}"
-                        )
+                        raise LoadError(f"the adapter was trained on {path!r}, which the folder does not have.{did_you_mean(path, self.shards.places)}")
 
     # ---- work
     def run(self, to: Path, progress: Callable[[int, int, str], None] | None) -> tuple[list[tuple[str, float]], list[str]]:
@@ -387,9 +377,7 @@ class _Job:
                     raise LoadError(f"this is not the base that the adapter was trained on: {wrong}")
             originals[param] = old
             value = self.tensors[name].to(meta.dtype) if name in self.replacing else old
-            host._parameters[param] = nn.Parameter(
-                torch.zeros(meta.shape, dtype=meta.dtype) if value is None else value, requires_grad=False
-            )
+            host._parameters[param] = nn.Parameter(torch.zeros(meta.shape, dtype=meta.dtype) if value is None else value, requires_grad=False)
         return originals
 
     def _stack(self, path: str, host: nn.Module) -> Stack:
