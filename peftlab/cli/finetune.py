@@ -132,15 +132,7 @@ def _finetune(options: Options, settings: dict, output: Output, diary: Diary) ->
             say(escape(repr(peftlab.plan(model, options.method, seed=options.seed, **wrap_options(task, options)))))
         attach(model, work, options)
         output.clear()
-    report["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"trainable with the task's head: {report['trainable']:,}")
-
-    with diary.timed("check"):
-        report["check"] = checked(model, work)
-    say(f"[green]check[/] {escape(report['check'].splitlines()[-1])}")
-    with diary.timed("before"):
-        report["before"] = before(work, say)
-
+    look(model, work, diary)
     loop = Loop(model, task, work.train, work.val, settings, output.folder, facts)
     if state is not None:
         loop.load_state()
@@ -171,6 +163,18 @@ def _finetune(options: Options, settings: dict, output: Output, diary: Diary) ->
     if problems:
         raise Broken("; ".join(problems))
     return 0
+
+
+def look(model: nn.Module, work: Work, diary: Diary) -> None:
+    """Count, check and test the model before its training."""
+    say, report = diary.say, diary.report
+    report["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"trainable with the task's head: {report['trainable']:,}")
+    with diary.timed("check"):
+        report["check"] = checked(model, work)
+    say(f"[green]check[/] {escape(report['check'].splitlines()[-1])}")
+    with diary.timed("before"):
+        report["before"] = before(work, say)
 
 
 def same_run(state: dict, mine: dict) -> dict:

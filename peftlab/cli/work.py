@@ -22,7 +22,7 @@ from .tasks import HEAD, Classify, Item, Task
 
 ADAPTER, HEAD_ADAPTER = "default", "head"
 
-# Adam's learning rate where --lr does not say; found with `compare`, which searches around it on validation data.
+# Adam's learning rate where --lr does not say: usual ones for these methods, which `compare` searches around on validation data.
 RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 2e-3, "oft": 2e-3, "lokr": 2e-3}
 RATE = 3e-3
 

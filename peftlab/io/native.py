@@ -214,6 +214,9 @@ def _site_facts(host_path: str, s: Site, settings: int, stack) -> dict:
         "bias_rows": _rows(s.bias_rows), "expert": s.expert, "transposed": s.transposed, "read": s.read_only, "size": [s.n_out, s.n_in],
         "shape": list(s.shape), "settings": settings, "tie": tie,
     }  # fmt: skip
+    kinds = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # what merging files without the model must know of a layer
+    layer = {k: getattr(s.host, k, None) for k in ("padding_idx", "groups")} if isinstance(s.host, kinds) else {}
+    facts["layer"] = {k: v for k, v in layer.items() if isinstance(v, int)}
     return {k: v for k, v in facts.items() if k == "host" or not (v is None or v is False or v == "")}
 
 
