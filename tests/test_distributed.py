@@ -120,7 +120,10 @@ def main(case: str, tmp: str, rank: str, *args: str) -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
-    dist.destroy_process_group()
+    # Every assertion has held on both ranks. gloo's threads sometimes abort the interpreter while it shuts down
+    # ("terminate called without an active exception"), which says nothing about what was tested: leave without that.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def everywhere_equal(t: torch.Tensor) -> bool:
