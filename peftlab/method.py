@@ -25,6 +25,7 @@ class Method(nn.Module):
     """
 
     on: ClassVar[str] = "matrix"  # "matrix": (n_out, n_in) and bias | "tensor": one raw parameter | "module": a call
+    place: ClassVar[str | None] = None  # structural name of where the method sits by default; None: the rule for its `on`
     additive: ClassVar[bool] = False  # weight(W) - W does not depend on W, so the order of stacking does not matter
     opaque: bool = False  # the fast path never asks for base.weight
     replaces: ClassVar[bool] = False  # holds a trained copy: the frozen value does not matter
@@ -53,6 +54,15 @@ class Method(nn.Module):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         b = base.bias
         return base.affine(self.weight(base.weight), b if b is None else self.bias(b), x)
+
+    @classmethod
+    def routed(cls, base: Base, parts: list[tuple[Method, Tensor]], *args, **kwargs):
+        """The surrounding call where the rows of a batch have different adapters (`on = "module"` only).
+
+        parts: (method, row indices) of one class at one site; no row occurs twice, and rows in none of them are base's alone. Equal to
+        running the rows one by one. A method on weights needs no such hook.
+        """
+        raise NotImplementedError(f"{cls.__name__} at {base.path!r} cannot be routed row by row")
 
     @classmethod
     def fits(cls, site: Site) -> bool:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import Site, Stack, original_class, runs_whole, walk
+from .host import Site, original_class, runs_whole, walk
 from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
 from .registry import names as registered
 from .registry import resolve
+from .structure import PLACES, blocks, head
 
 
 @dataclass
@@ -356,25 +357,12 @@ def _matched(model: Model, cls, label: str, there: list[Site], patterns: list, c
     return sorted(found.values(), key=lambda s: order[id(s)])
 
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
-
-def is_norm(m: nn.Module) -> bool:
-    """A normalisation layer: torch's, or a module of that name whose parameters are all vectors (RMSNorm of one's own)."""
-    vectors = [p.ndim == 1 for p in m._parameters.values() if p is not None]
-    return isinstance(m, NORMS) or (bool(vectors) and all(vectors) and original_class(m).__name__.lower().endswith("norm"))
-
-
 def _structural(model: Model, pattern: str, there: list[Site]) -> list[Site]:
-    """Sites named by their part in the model instead of by a path: `:head` (the output head), `:norms`, `:embeddings`."""
-    if pattern == ":head":
-        heads = head(model)
-        return [s for s in there if s.host in heads]
-    if pattern == ":norms":
-        return [s for s in there if is_norm(s.host)]
-    if pattern == ":embeddings":
-        return [s for s in there if isinstance(s.host, nn.Embedding)]
-    raise PatternError(f"{pattern!r}: the structural names are ':head', ':norms' and ':embeddings'")
+    """Sites named by their part in the model instead of by a path, such as `:head`."""
+    if pattern not in PLACES:
+        raise PatternError(f"{pattern!r}: the structural names are {', '.join(map(repr, PLACES))}.{did_you_mean(pattern, PLACES)}")
+    hosts = {id(m) for m in PLACES[pattern](model)}
+    return [s for s in there if id(s.host) in hosts]
 
 
 def _explain(model: Model, cls, label: str, there: list[Site], problems: list, counts: dict[str, int]) -> str:
@@ -436,23 +424,6 @@ def _without(model: Model, found: list[Site], there: list[Site], patterns: list)
     return found
 
 
-def blocks(model: Model) -> dict[str, nn.Module]:
-    """The repeated stacks of a model: lists of at least two children of one class, outermost first."""
-    found = {}
-    for key, m in model.modules.items():
-        children = [c for c in m._modules.values() if c is not None and not isinstance(c, Stack)]
-        if (
-            isinstance(m, (nn.ModuleList, nn.Sequential))
-            and len(children) > 1
-            and len({original_class(c) for c in children}) == 1
-            and any(c._modules for c in children)
-        ):
-            path = model.paths[key][0]
-            if not any(path.startswith(p + ".") or p == "" for p in found):
-                found[path] = m
-    return found
-
-
 def _in_layers(model: Model, found: list[Site], chosen, of: str | None) -> list[Site]:
     lists = blocks(model)
     if of is not None:
@@ -483,8 +454,10 @@ def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[
     """For weight methods, every linear-like layer but the output head; where a model has none, its convolutions and recurrent weights.
 
     Layers with a side below `NARROW` (gates, routers) are left out where wider ones remain. A method that fits only embeddings takes
-    these, and a method on any tensor or call takes all it fits.
+    these, a method on any tensor takes all it fits, and one on a call says its place itself.
     """
+    if cls.place is not None:
+        return _structural(model, cls.place, there)
     if cls.on != "matrix":
         return there
     usable = [s for s in there if cls.fits(s) and not s.explicit and (s.rows is None or _of_attention(s))]
@@ -501,26 +474,6 @@ def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[
 
 def _of_attention(s: Site) -> bool:
     return isinstance(s.host, nn.MultiheadAttention) and not s.explicit
-
-
-def head(model: Model) -> list[nn.Module]:
-    """The output head: the last linear-like layer outside the repeated blocks, if it comes after them (in a model without blocks,
-    the last of several). Empty where there is none."""
-    order = {k: i for i, k in enumerate(model.modules)}
-    every = [m for m in model.modules.values() if _is_layer(m)]
-    lists = list(blocks(model))
-
-    def within(m: nn.Module) -> bool:
-        return any(p == "" or path.startswith(p + ".") for path in model.paths[id(m)] for p in lists)
-
-    last = max((order[id(m)] for m in every if within(m)), default=-1)
-    after = [m for m in every if not within(m) and order[id(m)] > last]
-    return after[-1:] if len(every) > 1 else []
-
-
-def _is_layer(m: nn.Module) -> bool:
-    rule = layers.rule_of(m)
-    return isinstance(rule, (layers.Linear, layers.Conv)) or isinstance(m, (nn.RNNBase, nn.RNNCellBase))
 
 
 # ---------------------------------------------------------------- per-site settings, ties
