@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .patterns import PatternError
     from .registry import methods
     from .report import report
+    from .route import route
     from .schedule import param_groups, schedule
     from .switch import activate, active, disabled, ema_update, merge, restore, snapshot, unmerge, unwrap, using, view
     from .wrap import Plan, freeze, plan, train_only, unfreeze, wrap
@@ -38,6 +39,7 @@ _WHERE = {
     **dict.fromkeys(("schedule", "param_groups"), "schedule"),
     **dict.fromkeys(("Method", "Base"), "method"),
     "report": "report",
+    "route": "route",
     "estimate": "estimate",
     "methods": "registry",
     "PatternError": "patterns",
@@ -45,7 +47,7 @@ _WHERE = {
 
 __all__ = [
     "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "disabled", "ema_update", "estimate",
-    "freeze", "load", "merge", "methods", "param_groups", "plan", "report", "restore", "save", "schedule", "snapshot", "train_only", "unfreeze",
+    "freeze", "load", "merge", "methods", "param_groups", "plan", "report", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze",
     "unmerge", "unwrap", "using", "view", "watch", "wrap",
 ]  # fmt: skip
 

@@ -139,10 +139,31 @@ def _with_rows(whole: Tensor, rows: slice | Tensor, part: Tensor) -> Tensor:
 
 
 class Links(NamedTuple):
-    """The (site, method) pairs that act now: on the weights, in stacking order, and around the call."""
+    """The (site, method) pairs that act now: on the weights, in stacking order, and around the call.
+
+    Inside `route` the rows of a batch have links of their own: then `routed` says which, and the first two are empty.
+    """
 
     weights: tuple
     calls: tuple
+    routed: Routed | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Which adapters act on which rows of a batch: row indices by adapter names; `dim` is the batch's dimension."""
+
+    rows: int
+    groups: tuple[tuple[tuple[str, ...], Tensor], ...]
+    dim: int = 0
+
+
+class Routed(NamedTuple):
+    """A route as one module sees it: the links of each group of rows, and the stacks that are read while the module runs."""
+
+    route: Route
+    parts: tuple[tuple[Links, Tensor], ...]
+    within: tuple[tuple[Stack, tuple[Links, ...]], ...]
 
 
 NOTHING = Links((), ())
@@ -169,6 +190,9 @@ class Stack(nn.Module):
     alias: dict[str, tuple[nn.Module, str]]  # tied parameters that follow another host's adapters
     untied: dict[str, nn.Parameter | None]  # tied parameters of which this end alone is adapted; what it shared, while it has its own
     unready: set[str]  # adapters built on meta whose start values are still to come
+    route: Route | None  # inside `route`
+    within: tuple[Stack, ...]  # inside `route`: the stacks whose weights are read while this module runs
+    chosen: Links | None  # inside `route`: what acts on the rows that are being computed, for weights that are read
 
     def __init__(self, read: bool):
         super().__init__()
@@ -176,6 +200,7 @@ class Stack(nn.Module):
         self.links, self.made, self.history, self.lost = NOTHING, {}, deque(maxlen=REMEMBERED), 0
         self.silent, self.read = False, read
         self.alias, self.untied, self.unready = {}, {}, set()
+        self.route, self.within, self.chosen = None, (), None
 
     # ---- adapters
     def add(self, name: str, pairs: list[tuple[Site, Method]]) -> None:
@@ -215,18 +240,28 @@ class Stack(nn.Module):
 
     def refresh(self) -> None:
         """Recompute what acts now; remember what acted before, for checkpointed forwards that backward will run again."""
-        key = () if self.silent else (self.active, self.merged)
+        key = () if self.silent else (self.active, self.merged, self.route)
         links = self.made.get(key)
         if links is None:
-            links = self.made[key] = NOTHING if self.silent else self._links()
+            links = self.made[key] = NOTHING if self.silent else self._links(self.active) if self.route is None else self._routed(self.route)
         if links is not self.links:
             self._remember(torch._C._autograd._get_sequence_nr(), links)
             self.links = links
 
-    def _links(self) -> Links:
-        acting = [p for n in self.active if n not in self.merged for p in self.sites[n]]
+    def _links(self, names: tuple[str, ...]) -> Links:
+        acting = [p for n in self.sites if n in names and n not in self.merged for p in self.sites[n]]
         weights = tuple(p for p in acting if p[1].on != "module" and not p[1].in_place)
         return Links(weights, tuple(p for p in acting if p[1].on == "module")) if acting else NOTHING
+
+    def _routed(self, route: Route) -> Links:
+        every = [self._links(names) for names, _ in route.groups]
+        within = tuple((s, tuple(s._links(names) for names, _ in route.groups)) for s in self.within)
+        same = [next(i for i in range(len(every)) if every[i] == links and all(g[i] == g[j] for _, g in within)) for j, links in enumerate(every)]
+        first = sorted(set(same))
+        if len(first) == 1 and not within:
+            return every[0]
+        parts = tuple((every[i], torch.cat([rows for j, (_, rows) in enumerate(route.groups) if same[j] == i])) for i in first)
+        return Links((), (), Routed(route, parts, tuple((s, tuple(g[i] for i in first)) for s, g in within)))
 
     def _remember(self, now: int, new: Links) -> None:
         since = self.history[-1][0] if self.history else -1
@@ -239,6 +274,8 @@ class Stack(nn.Module):
         self.history.append((now, self.links))
 
     def current(self) -> Links:
+        if self.chosen is not None:
+            return self.chosen
         if torch.compiler.is_compiling():
             return self.links
         if self.unready:
@@ -516,15 +553,22 @@ def _forward_of(cls: type):
         stack = self._modules[CHILD]
         links = stack.current()
         refuse_lost_gradients(self, stack)
-        if stack.read:
-            return call(self, links.calls, args, kwargs) if links.calls else cls.forward(self, *args, **kwargs)
-        if not links.weights:
-            return call(self, links.calls, args, kwargs)
-        y = call(self, links.weights + links.calls, args, kwargs)
-        rule = links.weights[0][0].rule
-        return rule.finish(self, y, _first(args, kwargs)[0]) if rule.name == "embedding" and not links.calls else y
+        if links.routed is not None:
+            from .route import run  # the one piece of the core that most programs never need
+
+            return run(self, stack, links.routed, args, kwargs)
+        return run_links(self, stack, links, args, kwargs)
 
     return forward
+
+
+def run_links(host: nn.Module, stack: Stack, links: Links, args: tuple, kwargs: dict):
+    """The host's call with these links acting."""
+    if stack.read or not links.weights:
+        return call(host, links.calls, args, kwargs)
+    y = call(host, links.weights + links.calls, args, kwargs)
+    rule = links.weights[-1][0].rule
+    return rule.finish(host, y, _first(args, kwargs)[0]) if rule.name == "embedding" and not links.calls else y
 
 
 def _seen(name: str) -> property:
@@ -538,14 +582,20 @@ def _seen(name: str) -> property:
             return raw
         host, param = stack.alias.get(name, (self, name))
         stack = host._modules[CHILD]
-        weights = stack.current().weights
+        weights, _, routed = stack.current()
+        if routed is not None:
+            raise RuntimeError(
+                f"{name!r} of a {original_class(self).__name__} has another value for every row of the batch, and was read where the rows are not "
+                "told apart. Inside route(...), call the module that holds it; run backward inside the block where it recomputes activations."
+            )
         if not weights:
             return raw
         refuse_lost_gradients(host, stack)
         try:
-            value = effective(host, param, weights).to(raw.dtype)
-            # torch shortens rows in place where there is a max_norm: hand out what nobody owns.
-            return value.clone() if getattr(host, "max_norm", None) is not None else value
+            if getattr(host, "max_norm", None) is None:
+                return effective(host, param, weights).to(raw.dtype)
+            # torch shortens rows in place where there is a max_norm: work on and hand out what nobody owns.
+            return effective(host, param, weights, host._parameters[param].clone()).to(raw.dtype).clone()
         except AttributeError as e:  # nn.Module.__getattr__ would swallow it and hand out the frozen tensor
             raise RuntimeError(f"an adapter failed while {name!r} was read: {e}") from e
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .host import Recipe, Site
+    from .sites import Model
 
 
 class Method(nn.Module):
@@ -28,6 +29,7 @@ class Method(nn.Module):
     place: ClassVar[str | None] = None  # structural name of where the method sits by default; None: the rule for its `on`
     additive: ClassVar[bool] = False  # weight(W) - W does not depend on W, so the order of stacking does not matter
     opaque: bool = False  # the fast path never asks for base.weight
+    neutral: ClassVar[bool] = True  # the start is the base itself; not so for virtual tokens, which take attention from the first step
     replaces: ClassVar[bool] = False  # holds a trained copy: the frozen value does not matter
     fast: ClassVar[tuple[str, ...]] = ()  # tensors that LoRA+ gives the larger learning rate
     needs_data: str | None = None  # "inputs" or "gradients": the start is computed from batches
@@ -63,6 +65,11 @@ class Method(nn.Module):
         running the rows one by one. A method on weights needs no such hook.
         """
         raise NotImplementedError(f"{cls.__name__} at {base.path!r} cannot be routed row by row")
+
+    @classmethod
+    def beside(cls, model: Model, hosts: list[nn.Module], hyper: dict) -> list[nn.Module]:
+        """Further modules that the method must surround when it sits at `hosts`; it has no tensors there."""
+        return []
 
     @classmethod
     def fits(cls, site: Site) -> bool:

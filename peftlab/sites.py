@@ -357,6 +357,13 @@ def _matched(model: Model, cls, label: str, there: list[Site], patterns: list, c
     return sorted(found.values(), key=lambda s: order[id(s)])
 
 
+def beside(model: Model, cls: type[Method], found: list[Site], hyper: dict) -> list[Site]:
+    """The modules that the method asks for besides those that were meant."""
+    there = [s.host for s in found]
+    asked = [m for m in cls.beside(model, there, hyper) if all(m is not h for h in there)]
+    return [Site(m, model.path(m), kind="module", param=None, names=tuple(model.paths[id(m)])) for m in dict.fromkeys(asked)]
+
+
 def _structural(model: Model, pattern: str, there: list[Site]) -> list[Site]:
     """Sites named by their part in the model instead of by a path, such as `:head`."""
     if pattern not in PLACES:

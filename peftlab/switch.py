@@ -14,7 +14,7 @@ from . import layers
 from .host import SHARED, STASH, Stack, bare, changes_bias, effective, paused_gc, pristine, refresh_alias_free, stacks, swap_out, walk
 from .sites import ensure_module, join, storage
 from .table import table
-from .wrap import LEDGER, Ledger, adapter_modules, ledgers, outside_disabled, which
+from .wrap import LEDGER, Ledger, adapter_modules, ledgers, named, outside_disabled, survey, which
 
 # ---------------------------------------------------------------- switching
 
@@ -25,8 +25,8 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
 
     An adapter that is merged and not named is unmerged first, exactly.
     """
-    found = stacks(ensure_module(model))
-    chosen = [] if names is None else which(model, names)
+    found, there = survey(ensure_module(model))
+    chosen = [] if names is None else named(there, names)
     outside_disabled(model, found)
     for path, _, s in found:
         gone = [n for n in s.lossy if n not in chosen]

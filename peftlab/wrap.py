@@ -18,7 +18,7 @@ from .layers import NeedsWeight
 from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, show
 from .registry import check_keywords, keywords, resolve
-from .sites import Model, ensure_module, join, resolve_ties, select, settings, under
+from .sites import Model, beside, ensure_module, join, resolve_ties, select, settings, under
 from .table import table
 
 LEDGER = "_peftlab_ledger"
@@ -201,6 +201,7 @@ def _request(model, method, *, targets, exclude, layers, of, name, overrides, se
     sites, counts = select(view, cls, label, targets, exclude, layers, of, split, layout, read)
     if cls.on != "module":
         sites = resolve_ties(view, sites, tie, label)
+    sites = [*sites, *beside(view, cls, sites, hyper)]
     hypers = settings(view, sites, hyper, overrides, lambda h, where: check_keywords(cls, h, where))
     asked = {"targets": _plain(targets), "exclude": _plain(exclude), "layers": _plain(layers), "of": of}
     return _Request(view, cls, label, name, sites, counts, hypers, seed, dtype, tie, asked)
@@ -234,22 +235,30 @@ def check_dtype(dtype: object) -> None:
 
 
 def outside_disabled(model: nn.Module, found: list | None = None) -> None:
-    """Inside `disabled` the frozen tensors are in the adapted ones' place: nothing may be changed or saved there."""
-    if any(s.silent for _, _, s in (stacks(model) if found is None else found)):
-        raise ValueError("inside `with disabled(model)` adapters cannot be changed or saved: leave the block first")
+    """Inside `disabled` the frozen tensors are in the adapted ones' place, inside `route` every row has its own: nothing may be changed or saved there."""
+    for _, _, s in stacks(model) if found is None else found:
+        if s.silent:
+            raise ValueError("inside `with disabled(model)` adapters cannot be changed or saved: leave the block first")
+        if s.route is not None:
+            raise ValueError("inside `with route(model, ...)` adapters cannot be changed or saved: leave the block first")
 
 
 def names(model: nn.Module) -> list[str]:
     """The adapters of a model, in stacking order."""
-    asked: dict[str, None] = {}
-    there: dict[str, None] = {}
-    for _, m in walk(model):
+    return survey(model)[1]
+
+
+def survey(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Stack]], list[str]]:
+    """What `stacks` and `names` say, in one walk."""
+    found, asked, there = [], {}, {}
+    for path, m in walk(model):
         if LEDGER in m.__dict__:
             asked.update(dict.fromkeys(m.__dict__[LEDGER].targets))
         stack = m._modules.get(CHILD)
         if stack is not None:
-            there.update(dict.fromkeys(stack.sites))
-    return list(asked | there)
+            found.append((path, m, stack))
+            there.update(stack.sites)
+    return found, list(dict.fromkeys([*asked, *there]))
 
 
 @paused_gc()
@@ -466,7 +475,11 @@ def adapter_modules(model: nn.Module, wanted: Iterable[str] | None = None) -> li
 
 def which(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str]:
     """Adapter names as a list, in stacking order; unknown ones raise with the nearest right name."""
-    there = names(ensure_module(model))
+    return named(names(ensure_module(model)), wanted)
+
+
+def named(there: list[str], wanted: str | Iterable[str] | None) -> list[str]:
+    """Those of the names `there` that are wanted (None: all); unknown ones raise with the nearest right name."""
     if wanted is None:
         return there
     asked = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]

@@ -152,6 +152,7 @@ class Case:
     inputs: Callable[[], tuple[Tensor, ...]]
     wrap: dict = field(default_factory=lambda: {"targets": "layer"})
     smooth: bool = True  # False: torch's own layer is not the derivative of its value
+    batch_dim: int = 0  # the dimension of every input and of the output that counts the rows
 
 
 def qkv(dims: tuple[int, int, int], tokens: int = 5) -> Callable[[], tuple[Tensor, ...]]:
@@ -194,18 +195,18 @@ CASES = {
     "attention_whole": Case(lambda: Net(nn.MultiheadAttention(8, 2, batch_first=True)), qkv((8, 8, 8)), {"targets": "in_proj_weight"}),
     "attention_kv_dims": Case(lambda: Net(nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)), qkv((8, 4, 6)), ATTENTION),
     "attention_nobias": Case(lambda: Net(nn.MultiheadAttention(8, 2, bias=False, batch_first=True)), qkv((8, 8, 8)), ATTENTION),
-    "lstm": Case(lambda: Net(nn.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=2)), x(3, 2, 4)),
+    "lstm": Case(lambda: Net(nn.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=2)), x(3, 2, 4), batch_dim=1),
     "gru": Case(lambda: Net(nn.GRU(4, 6, batch_first=True)), x(2, 3, 4)),
-    "rnn": Case(lambda: Net(nn.RNN(4, 6, bias=False)), x(3, 2, 4)),
+    "rnn": Case(lambda: Net(nn.RNN(4, 6, bias=False)), x(3, 2, 4), batch_dim=1),
     "lstm_cell": Case(lambda: Cell(nn.LSTMCell(4, 6)), states(2)),
     "gru_cell": Case(lambda: Cell(nn.GRUCell(4, 6)), states(1)),
     "rnn_cell": Case(lambda: Cell(nn.RNNCell(4, 6)), states(1)),
     "layer_norm": Case(lambda: Net(nn.LayerNorm(6)), x(2, 3, 6)),
     "group_norm": Case(lambda: Net(nn.GroupNorm(2, 6)), x(3, 6, 4)),
     "batch_norm": Case(lambda: Net(nn.BatchNorm1d(6)), x(7, 6)),
-    "experts_eio": Case(lambda: Net(Experts(3, 4, 6, "eio")), x(3, 5, 4), {"targets": "layer.up", "layout": {"layer.up": "eio"}}),
-    "experts_eoi": Case(lambda: Net(Experts(3, 4, 6, "eoi")), x(3, 5, 4), {"targets": "layer.up", "layout": {"layer.up": "eoi"}}),
-    "experts_one": Case(lambda: Net(Experts(3, 4, 6, "eio")), x(3, 5, 4), {"targets": "layer.up.1", "layout": {"layer.up": "eio"}}),
+    "experts_eio": Case(lambda: Net(Experts(3, 4, 6, "eio")), x(3, 5, 4), {"targets": "layer.up", "layout": {"layer.up": "eio"}}, batch_dim=1),
+    "experts_eoi": Case(lambda: Net(Experts(3, 4, 6, "eoi")), x(3, 5, 4), {"targets": "layer.up", "layout": {"layer.up": "eoi"}}, batch_dim=1),
+    "experts_one": Case(lambda: Net(Experts(3, 4, 6, "eio")), x(3, 5, 4), {"targets": "layer.up.1", "layout": {"layer.up": "eio"}}, batch_dim=1),
     "fused": Case(lambda: Net(nn.Linear(6, 8)), x(2, 3, 6), {"targets": ["layer.q", "layer.v"], "split": {"layer": SIZES}}),
     "fused_heads": Case(lambda: Net(nn.Linear(6, 9)), x(2, 3, 6), {"targets": ["layer.q", "layer.v"], "split": {"layer": HEADS}}),
     "fused_conv1d_hf": Case(lambda: Net(conv1d_hf(8, 6)), x(2, 3, 6), {"targets": ["layer.q", "layer.v"], "split": {"layer": SIZES}}),

@@ -1200,6 +1200,35 @@ STEPS = 200
 
 
 @law
+def test_law_13_routed_is_row_by_row(method, case):
+    _, model, _ = moved(method, case)
+    wrap(model, method, case, name="other")
+    perturb(model, seed=1)
+    model.eval()
+    dim = CASES[case].batch_dim
+    x = tuple(torch.cat(ts, dim) for ts in zip(*(inputs(case, seed=s) for s in (1, 2, 3)), strict=True))
+    n = x[0].shape[dim]
+    names = [("other", None, "default", ["default", "other"], "other")[i * 3 % 5] for i in range(n)]
+    mine = list(own(model).values())
+
+    def one_by_one():
+        for i, name in enumerate(names):
+            with peftlab.using(model, name):
+                yield model(*(t.narrow(dim, i, 1) for t in x))
+
+    rows = torch.cat(list(one_by_one()), dim)
+    weights = torch.linspace(-1, 1, rows.numel(), dtype=rows.dtype).reshape(rows.shape)
+    wanted = torch.autograd.grad((rows * weights).sum(), mine, allow_unused=True)
+    with peftlab.route(model, names, batch_dim=dim):
+        y = model(*x)
+        found = torch.autograd.grad((y * weights).sum(), mine, allow_unused=True)
+    torch.testing.assert_close(y, rows, rtol=1e-9, atol=1e-10)
+    for a, b in zip(found, wanted, strict=True):
+        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a.expand(b.shape) if a.ndim == 0 else a, b.expand(a.shape) if b.ndim == 0 else b, rtol=1e-8, atol=1e-9, check_dtype=False)
+
+
+@law
 def test_law_14_it_can_learn(method, case):
     """A teacher of the same kind; two hundred steps of Adam leave at most a twentieth of the starting loss."""
     _, teacher, x = subject(method, case)

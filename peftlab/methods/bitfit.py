@@ -5,7 +5,7 @@
 Trains: numel
 Structure: every weight matrix is untouched
 Family: selective
-Paper: Ben Zaken et al. 2021, arXiv 2106.10199, sec. 3
+Paper: Ben Zaken et al. 2021, arXiv 2106.10199
 Differs: the change is kept beside the bias, so that the base is not edited.
 """
 

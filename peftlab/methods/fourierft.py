@@ -8,7 +8,8 @@ Trains: n
 Structure: at most 2 n entries of fft2(W' - W) are nonzero
 Family: spectral
 Paper: Gao et al. 2024, arXiv 2405.03003, eq. 2-4
-Differs: c starts at zero, so that the model starts as the base; the authors draw it from N(0, 1).
+Differs: c starts at zero, so that the model starts as the base; the authors draw it from N(0, 1). The transform
+    carries 1 / (n_out n_in), as in the paper's algorithm 1; its eq. 3 leaves it out.
 """
 
 from __future__ import annotations

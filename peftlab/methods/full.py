@@ -8,7 +8,7 @@ gradual=True unfreezes layer by layer, last one first, in equal shares of the sc
 Trains: numel
 Structure: any W'
 Family: selective
-Paper: LayerNorm tuning: Zhao et al. 2023, arXiv 2312.11420; gradual unfreezing: Howard and Ruder 2018 (ULMFiT), arXiv 1801.06146, sec. 3.3
+Paper: LayerNorm tuning: Zhao et al. 2023, arXiv 2312.11420; gradual unfreezing: Howard and Ruder 2018 (ULMFiT), arXiv 1801.06146
 Aliases: linear_probe = dict(targets=":head"); ln_tuning = dict(targets=":norms")
 Differs: ULMFiT unfreezes one layer an epoch, here one every T / layers steps.
 """

@@ -18,7 +18,7 @@ def steps(value: float, T: int) -> int:
 
 
 def cubic(t: int, T: int, start: int, end: int, ti: int, tf: int) -> int:
-    """From `start` (until step ti) to `end` (from step T - tf on), falling as a cube: Zhang et al. 2023, arXiv 2303.10512, eq. 12."""
+    """From `start` (until step ti) to `end` (from step T - tf on), falling as a cube: Zhang et al. 2023, arXiv 2303.10512, app. A."""
     if t <= ti:
         return start
     if t >= T - tf:

@@ -1,0 +1,274 @@
+"""Every row of a batch its own adapters: `with route(model, ["fr", None, "de"]):`.
+
+A layer whose call is surrounded gets its rows sorted by what acts on them; the frozen call runs once for all of them where the
+methods ask for no more than its output. A module whose weights are read runs once for each group of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import host as hosts
+from .host import CHILD, Adapted, Links, Route, Routed, Site, Stack, bare, stacks
+from .method import Base, Method
+from .sites import READERS, Model, ensure_module
+from .wrap import named, outside_disabled, survey
+
+
+@contextlib.contextmanager
+def route(model: nn.Module, names: Iterable[str | Iterable[str] | None], *, batch_dim: int = 0) -> Iterator[nn.Module]:
+    """Inside the block, row i of every batch has the adapters `names[i]` (a name, several, or None) and no others.
+
+    Outputs and gradients equal those of running the rows one by one, for every method. A batch of k * len(names) rows gives each
+    entry k rows in succession, as beam search and flattened tokens have them.
+
+    Args:
+        names: one entry a row of the batch; which adapters are active outside the block does not matter.
+        batch_dim: the dimension of the layers' inputs that counts the rows (1 for models with the sequence first).
+
+    Raises:
+        ValueError: for unknown names, merged adapters, adapters trained in place, and methods that cannot be told apart by row.
+            During the block, a layer whose batch does not have that many rows raises with its path.
+    """
+    found, there = survey(ensure_module(model))
+    wanted = _rows(names, there)
+    outside_disabled(model, found)
+    _refuse(found, {n for row in wanted for n in row})
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, row in enumerate(wanted):
+        groups.setdefault(row, []).append(i)
+    chosen = Route(len(wanted), tuple((g, torch.tensor(rows)) for g, rows in groups.items()), batch_dim)
+    before = [(s, s.route, s.within) for _, _, s in found]
+    lent = _boundaries(bare(model), found)
+    try:
+        for _, _, s in stacks(model):
+            s.route = chosen
+        for _, _, s in stacks(model):
+            s.refresh()
+        yield model
+    finally:
+        for host in lent:
+            hosts.swap_out(host)
+        for s, old, within in before:
+            s.route, s.within = old, within
+            s.made = {}
+            s.refresh()
+
+
+def _rows(names: object, there: list[str]) -> list[tuple[str, ...]]:
+    """The adapters of each row, in stacking order."""
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise TypeError(f"names={names!r}: one entry a row of the batch, each a name, a list of names, or None")
+    rows = [() if row is None else tuple(named(there, row)) for row in names]
+    if not rows:
+        raise ValueError("names is empty: one entry a row of the batch")
+    return rows
+
+
+def _refuse(found: list[tuple[str, nn.Module, Stack]], wanted: set[str]) -> None:
+    for path, _, s in found:
+        if s.merged:
+            raise ValueError(f"{s.merged[0]!r} is merged into {path!r}, where it acts on every row: unmerge it first")
+        for n, pairs in s.sites.items():
+            for site, m in pairs:
+                if m.in_place:
+                    raise ValueError(f"{n!r} is trained in place at {site.path!r}: no row is without it")
+                if n in wanted and m.on == "module" and type(m).routed.__func__ is Method.routed.__func__:
+                    raise ValueError(f"{m.recipe.label} at {site.path!r} changes a call as a whole: its rows cannot be told apart")
+
+
+def _boundaries(root: nn.Module, found: list[tuple[str, nn.Module, Stack]]) -> list[nn.Module]:
+    """Say which module runs once a group for the weights that are read; returns the modules that had to be made adaptable for it."""
+    read = [(host, s) for _, host, s in found if s.read]
+    if not read:
+        return []
+    parents = Model.of(root).parents
+    within: dict[int, tuple[nn.Module, list[Stack]]] = {}
+    for host, s in read:
+        top = host
+        while up := [p for p in parents.get(id(top), ()) if isinstance(p, READERS)]:
+            top = up[0]
+        sources = [s, *(h._modules[CHILD] for h, _ in s.alias.values())]
+        within.setdefault(id(top), (top, []))[1].extend(t for t in sources if t.sites)
+    lent = [top for top, _ in within.values() if not isinstance(top, Adapted)]
+    for top, read_here in within.values():
+        stack = top._modules.get(CHILD) or hosts.swap_in(top, False, ())
+        stack.within = tuple(dict.fromkeys(read_here))
+    return lent
+
+
+# ---------------------------------------------------------------- one module's call
+
+
+def run(host: nn.Module, stack: Stack, routed: Routed, args: tuple, kwargs: dict):
+    """The host's call with a batch whose rows have links of their own."""
+    size = _batch_size(host, routed.route, args, kwargs)
+    parts = [(links, _each(rows, size // routed.route.rows)) for links, rows in routed.parts]
+    if routed.within:
+        call = functools.partial(_whole, host, routed, parts, size)
+    elif any(links.weights for links, _ in parts):
+        call = functools.partial(_sorted, host, stack, routed.route.dim, parts, size)
+    else:
+        call = functools.partial(hosts.call, host, ())
+    return _around(host, call, parts, routed.route)(args, kwargs)
+
+
+def _each(rows: Tensor, k: int) -> Tensor:
+    """Rows of the batch, for entries that cover k rows each."""
+    return rows if k == 1 else (rows[:, None] * k + torch.arange(k)).flatten()
+
+
+_INPUTS = ("hidden_states", "input_ids", "inputs_embeds", "input", "x", "query", "pixel_values")
+
+
+def _dim(host: nn.Module, route: Route) -> int:
+    """The batch's dimension in the host's input and first output."""
+    teller = getattr(host, "self_attn", host) if isinstance(host, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else host
+    if isinstance(teller, (nn.RNNBase, nn.MultiheadAttention)):
+        return 0 if teller.batch_first else 1
+    return route.dim
+
+
+def _batch_size(host: nn.Module, route: Route, args: tuple, kwargs: dict) -> int:
+    """The rows of the batch; at least one a route's entry (a batch of one row is the same for all)."""
+    named_first = [kwargs[k] for k in _INPUTS if k in kwargs]
+    x = next((t for t in [*args, *named_first, *kwargs.values()] if isinstance(t, Tensor)), None)
+    dim = _dim(host, route)
+    if x is None or x.ndim <= dim:
+        raise ValueError(f"a {hosts.original_class(host).__name__} was called without a batch inside route(...): its rows cannot be told apart")
+    size = x.shape[dim]
+    if size != 1 and size % route.rows:
+        raise ValueError(
+            f"a {hosts.original_class(host).__name__} got {tuple(x.shape)} inside route(...), where dimension {dim} has no multiple of the {route.rows} "
+            "rows that were named. Name one adapter a row of the batch; batch_dim= says which dimension counts them."
+        )
+    return route.rows if size == 1 else size
+
+
+def _widened(x, size: int, dim: int):
+    """A tensor that is the same for all rows (position ids), once for each of them."""
+    return x.expand(*x.shape[:dim], size, *x.shape[dim + 1 :]) if isinstance(x, Tensor) and x.ndim > dim and x.shape[dim] == 1 < size else x
+
+
+def _whole(host: nn.Module, routed: Routed, parts: list, size: int, args: tuple, kwargs: dict):
+    """Weights that are read have one value a call: the module runs once a group, and each row is taken from the run that is its own."""
+    if isinstance(host, nn.modules.batchnorm._BatchNorm) and host.training and host.track_running_stats:
+        raise ValueError("a batch norm in training mode mixes the rows of a batch: they cannot have different adapters")
+    dim, outs = _dim(host, routed.route), []
+    if args:
+        args = (_widened(args[0], size, dim), *args[1:])
+    try:
+        for i in range(len(parts)):
+            for s, links in routed.within:
+                s.chosen = links[i]
+            outs.append(hosts.call(host, (), args, kwargs))
+    finally:
+        for s, _ in routed.within:
+            s.chosen = None
+    pick = functools.partial(_joined, rows=[rows for _, rows in parts], size=size, host=host)
+    if isinstance(host, nn.RNNBase):  # the last states have the batch second whatever the layout
+        return (pick([o[0] for o in outs], dim=dim), pick([o[1] for o in outs], dim=1))
+    if isinstance(host, nn.MultiheadAttention):
+        return (pick([o[0] for o in outs], dim=dim), pick([o[1] for o in outs], dim=0))
+    return pick(outs, dim=dim)
+
+
+def _joined(values: list, rows: list[Tensor], size: int, dim: int, host: nn.Module):
+    """The same structure as every value, with each group's rows from its own."""
+    one = values[0]
+    again = functools.partial(_joined, rows=rows, size=size, dim=dim, host=host)
+    if one is None:
+        return None
+    if isinstance(one, Tensor) and one.ndim > dim and one.shape[dim] == size:
+        return _back([v.index_select(dim, r.to(v.device)) for v, r in zip(values, rows, strict=True)], rows, dim)
+    if isinstance(one, Mapping):
+        return type(one)(**{k: again([v[k] for v in values]) for k in one})
+    if isinstance(one, (tuple, list)):
+        found = [again(list(v)) for v in zip(*values, strict=True)]
+        return type(one)(*found) if hasattr(one, "_fields") else type(one)(found)
+    shown = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+    raise ValueError(f"a {hosts.original_class(host).__name__} gave {shown} inside route(...), in which the {size} rows of the batch are not seen")
+
+
+def _back(pieces: list[Tensor], rows: list[Tensor], dim: int) -> Tensor:
+    """Pieces of a batch in the batch's own order."""
+    whole, order = torch.cat(pieces, dim), torch.cat(rows)
+    return whole if _straight(order) else whole.index_select(dim, order.argsort().to(whole.device))
+
+
+def _straight(order: Tensor) -> bool:
+    return bool((order == torch.arange(len(order))).all())
+
+
+def _sorted(host: nn.Module, stack: Stack, dim: int, parts: list, size: int, args: tuple, kwargs: dict) -> Tensor:
+    """A surrounded layer: each group of rows runs its own methods; those share one run of the frozen layer."""
+    x, rest, kwargs = hosts._first(args, kwargs)
+    x = _widened(x, size, dim)
+    rows = [r for _, r in parts]
+    order = torch.cat(rows)
+    if not _straight(order):
+        x = x.index_select(dim, order.to(x.device))
+    sizes = [len(r) for r in rows]
+    frozen = functools.cache(lambda: hosts.call(host, (), (x, *rest), kwargs).split(sizes, dim))  # once, if anybody asks
+    outs = []
+    for i, ((links, _), piece) in enumerate(zip(parts, x.split(sizes, dim), strict=True)):
+        known = (Site(host, "", kind="module", param=None), _Known(frozen, i, piece))
+        outs.append(hosts.run_links(host, stack, Links((known, *links.weights), ()) if links.weights else Links((), (known,)), (piece, *rest), kwargs))
+    return _back(outs, rows, dim)
+
+
+class _Link:
+    """What stands in a chain of links where a method would, and is none."""
+
+    on, common = "module", None
+
+    def has_weight(self) -> bool:
+        return False
+
+    has_bias = has_weight
+
+
+class _Known(_Link):
+    """The frozen layer below a group's methods: its output is known for the very rows that the group was given."""
+
+    def __init__(self, frozen: Callable[[], tuple[Tensor, ...]], group: int, x: Tensor):
+        self.frozen, self.group, self.x = frozen, group, x
+
+    def __call__(self, base: Base, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.frozen()[self.group] if x is self.x else base(x, *args, **kwargs)
+
+
+class _Below(_Link):
+    """A function in the place of what lies below a surrounding method."""
+
+    def __init__(self, call: Callable):
+        self.call = call
+
+    def __call__(self, base: Base, *args, **kwargs):
+        return self.call(args, kwargs)
+
+
+def _around(host: nn.Module, call: Callable, parts: list[tuple[Links, Tensor]], route: Route) -> Callable:
+    """The calls that surround the host, outermost last: at each depth those of one class run together, since their rows are disjoint."""
+    for depth in range(max(len(links.calls) for links, _ in parts)):
+        if route.dim:
+            raise ValueError(f"batch_dim={route.dim}: methods that surround a call have the batch first")
+        level: dict[type, dict[int, tuple[Site, Method, list[Tensor]]]] = {}
+        for links, rows in parts:
+            if len(links.calls) > depth:
+                site, m = links.calls[depth]
+                level.setdefault(type(m), {}).setdefault(id(m), (site, m, []))[2].append(rows)
+        for cls, acting in level.items():
+            site = next(iter(acting.values()))[0]
+            call = functools.partial(_level, cls, site, call, [(m, torch.cat(rows)) for _, m, rows in acting.values()])
+    return call
+
+
+def _level(cls: type[Method], site: Site, below: Callable, parts: list[tuple[Method, Tensor]], args: tuple, kwargs: dict):
+    under = (Site(site.host, "", kind="module", param=None), _Below(below))
+    return cls.routed(Base(site, (under,), None), parts, *args, **kwargs)
