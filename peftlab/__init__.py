@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .estimate import estimate
     from .io import LoadError, load, save
     from .method import Base, Method
+    from .networks import drop_network, prefix_from
     from .patterns import PatternError
+    from .positions import positions
+    from .quant.api import dequantize, quantize
     from .registry import methods
     from .report import report
     from .route import route
@@ -38,6 +41,9 @@ _WHERE = {
     **dict.fromkeys(("save", "load", "LoadError"), "io"),
     **dict.fromkeys(("schedule", "param_groups"), "schedule"),
     **dict.fromkeys(("Method", "Base"), "method"),
+    **dict.fromkeys(("drop_network", "prefix_from"), "networks"),
+    "positions": "positions",
+    **dict.fromkeys(("quantize", "dequantize"), "quant.api"),
     "report": "report",
     "route": "route",
     "estimate": "estimate",
@@ -46,8 +52,8 @@ _WHERE = {
 }
 
 __all__ = [
-    "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "disabled", "ema_update", "estimate",
-    "freeze", "load", "merge", "methods", "param_groups", "plan", "report", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze",
+    "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "dequantize", "disabled", "drop_network", "ema_update", "estimate",
+    "freeze", "load", "merge", "methods", "param_groups", "plan", "positions", "prefix_from", "report", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze",
     "unmerge", "unwrap", "using", "view", "watch", "wrap",
 ]  # fmt: skip
 

@@ -1,10 +1,17 @@
-"""Start values from data: run batches through the untouched model and show each site its inputs or its gradients."""
+"""Start values from data: run batches through the untouched model and show each site its inputs or its gradients.
+
+A method whose `needs_data` is "inputs" or "gradients" gets `observe(base, value)` for every batch that reaches it: the inputs (rows,
+n_in), or the gradient of its weight. It keeps what it needs in `seen`, None before the first; `pool(states)` makes `seen` of what
+several processes kept, and `calibrated(base)` the start values of `seen`. One dense gradient exists at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .host import CHILD, Site, as_kind, follow, install, swap_out
@@ -43,19 +50,22 @@ def _only_read(site: Site) -> bool:
     return site.read_only and type(site.host).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable, loss: Callable | None) -> None:
-    """One pass over the data in eval mode; flags, modes and hooks are put back whatever happens."""
+def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable, loss: Callable | None, progress: Callable | None = None) -> None:
+    """One pass over the data in eval mode; flags, modes and hooks are put back whatever happens.
+
+    In a process group every process calls this with its share of the batches, and all get the start of all the batches.
+    """
+    pairs = [(s, m) for s, m in pairs if m.needs_data]
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     # What a forward writes by itself: an embedding's table under max_norm, buffers that count or average.
     written = [m.weight for m in model.modules() if getattr(m, "max_norm", None) is not None and isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     before = [(t, t.detach().clone()) for t in [*written, *(b for b in model.buffers() if b.numel() <= KEEP_BUFFERS)] if not t.is_meta]
-    kind = next(m.needs_data for _, m in pairs if m.needs_data)
     try:
         model.eval()
         for p, _ in flags:
             p.requires_grad_(False)
-        seen = (_inputs if kind == "inputs" else _gradients)(model, pairs, data, loss)
+        _pass(model, pairs, data, loss, progress)
     finally:
         for m, mode in modes:
             m.training = mode
@@ -65,82 +75,137 @@ def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable
             for t, old in before:
                 if not torch.equal(t, old):
                     t.copy_(old)
-    missed = [s.path for s, _ in pairs if id(s) not in seen]
+    _pool(pairs)
+    missed = [s.path for s, m in pairs if m.seen is None]
     if missed:
         raise ValueError(f"no batch of data= reached {len(missed)} of {len(pairs)} sites, {missed[0]!r} among them: their start cannot be computed")
     with torch.no_grad():
-        for site, method in pairs:
-            method.calibrated(Base(site, (), method.common))
+        for i, (site, method) in enumerate(pairs):
+            method.calibrated(Base(site, _below(site), method.common))
+            if progress is not None:
+                progress(i + 1, len(pairs), site.path)
 
 
-def _inputs(model: nn.Module, pairs, data, loss) -> set[int]:
-    seen: set[int] = set()
+def _below(site: Site) -> tuple:
+    stack = site.host._modules.get(CHILD)
+    return () if stack is None else stack.links.weights
 
-    def hook_for(site: Site, method: Method):
-        def hook(_, args, kwargs):
-            part = "qkv".find(site.key[0]) if site.key in ("q_proj", "k_proj", "v_proj") else 0
-            x = args[part] if len(args) > part else kwargs.get(("query", "key", "value")[part], kwargs.get("input", kwargs.get("x")))
-            if isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == site.n_in:
-                method.observe(Base(site, (), method.common), x.detach().reshape(-1, site.n_in).float())
-                seen.add(id(site))
 
-        return hook
-
-    handles = [s.host.register_forward_pre_hook(hook_for(s, m), with_kwargs=True) for s, m in pairs]
-    try:
-        with torch.no_grad():
-            for batch in data:
+def _pass(model: nn.Module, pairs, data: Iterable, loss: Callable | None, progress: Callable | None) -> None:
+    asked = [(s, m) for s, m in pairs if m.needs_data == "gradients"]
+    total = len(data) if isinstance(data, Sized) else None
+    with contextlib.ExitStack() as undo, torch.set_grad_enabled(bool(asked)):
+        for s, m in pairs:
+            if m.needs_data == "inputs":
+                undo.callback(s.host.register_forward_pre_hook(_shows_inputs(s, m), with_kwargs=True).remove)
+        probes = undo.enter_context(_probed(asked)) if asked else []
+        for i, batch in enumerate(data):
+            if not asked:
                 run(model, batch) if loss is None else loss(model, batch)
-    finally:
-        for h in handles:
-            h.remove()
-    return seen
+            else:
+                value = loss_of(run(model, batch)) if loss is None else loss(model, batch)
+                if value.requires_grad:
+                    torch.autograd.grad(value, [p.token for p in probes], allow_unused=True)
+                del value
+                for p in probes:
+                    p.flush()
+            if progress is not None:
+                progress(i + 1, total, "data")
+
+
+def _shows_inputs(site: Site, method: Method) -> Callable:
+    def hook(_, args, kwargs):
+        part = "qkv".find(site.key[0]) if site.key in ("q_proj", "k_proj", "v_proj") else 0
+        x = args[part] if len(args) > part else kwargs.get(("query", "key", "value")[part], kwargs.get("input", kwargs.get("x")))
+        if isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == site.n_in:
+            with torch.no_grad():
+                method.observe(Base(site, (), method.common), x.detach().reshape(-1, site.n_in))
+
+    return hook
+
+
+def _pool(pairs: list[tuple[Site, Method]]) -> None:
+    """What every process kept, put together; one site's at a time."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for site, method in pairs:
+        states: list = [None] * dist.get_world_size()
+        dist.all_gather_object(states, _moved(method.seen, torch.device("cpu")))
+        method.pool([_moved(s, site.device) for s in states if s is not None])
+
+
+def _moved(state, device: torch.device):
+    """A tensor, or a NamedTuple with tensors in it, on a device."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    return type(state)(*(_moved(v, device) for v in state)) if isinstance(state, tuple) else state
+
+
+class _Tap(torch.autograd.Function):
+    """The weight itself; its gradient goes to the probe, and no further."""
+
+    @staticmethod
+    def forward(ctx, W: Tensor, token: Tensor, probe: _Probe) -> Tensor:
+        ctx.probe = probe
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx, G: Tensor):
+        ctx.probe.take(G)
+        return None, torch.zeros_like(ctx.probe.token), None
 
 
 class _Probe(Method):
-    """W + D, D = 0: the gradient of D is that of the weight that the method will see, whatever lies below."""
+    """Leaves the weight as it is and shows its gradient to the method that will sit there, summed over the uses in one forward."""
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Site, asks: Method):
         super().__init__(Base(site))
-        self.D = nn.Parameter(torch.zeros((site.n_out, site.n_in) if site.kind == "matrix" else site.shape, dtype=site.dtype, device=site.device))
+        self.token = nn.Parameter(torch.zeros((), device=site.device))
+        self.__dict__.update(asks=asks, at=site, uses=0, total=None)
 
     def weight(self, W: Tensor) -> Tensor:
-        return W + self.D
+        if not torch.is_grad_enabled():
+            return W
+        self.__dict__["uses"] += 1
+        return _Tap.apply(W, self.token, self)
+
+    def take(self, G: Tensor) -> None:
+        self.__dict__.update(total=G.detach() if self.total is None else self.total + G.detach(), uses=self.uses - 1)
+        if self.uses == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """What came together belongs to one batch."""
+        G = self.total
+        self.__dict__.update(total=None, uses=0)
+        if G is not None:
+            with torch.no_grad():
+                self.asks.observe(Base(self.at, (), self.asks.common), G)
 
 
-def _gradients(model: nn.Module, pairs, data, loss) -> set[int]:
-    by_host: dict[int, list] = {}
-    for site, _ in pairs:
-        by_host.setdefault(id(site.host), []).append((as_kind(site, Site), _Probe(site)))
+@contextlib.contextmanager
+def _probed(pairs: list[tuple[Site, Method]]) -> Iterator[list[_Probe]]:
+    """Probes at these sites, above what is there; afterwards the modules are what they were."""
+    by_host: dict[int, list[tuple[Site, _Probe]]] = {}
+    for site, method in pairs:
+        by_host.setdefault(id(site.host), []).append((as_kind(site, Site), _Probe(site, method)))
     touched = {id(h): h for ps in by_host.values() for s, _ in ps for h in (s.host, *(o for o, _ in s.tied if s.shared))}
     before = [(h, h.__class__, h._modules.get(CHILD)) for h in touched.values()]
     states = [(stack.read, dict(stack.alias)) if stack is not None else None for _, _, stack in before]
-    seen: set[int] = set()
     try:
         for ps in by_host.values():
             install(PROBE, ps)
             for site, _ in ps:
                 if site.shared:
                     follow(site)
-        tensors = [p.D for ps in by_host.values() for _, p in ps]
-        where = {(id(s.host), s.key): (s, m) for s, m in pairs}
-        asked = [where[id(s.host), s.key] for ps in by_host.values() for s, _ in ps]
-        for batch in data:
-            with torch.enable_grad():
-                value = loss_of(run(model, batch)) if loss is None else loss(model, batch)
-                grads = torch.autograd.grad(value, tensors, allow_unused=True)
-            with torch.no_grad():
-                for (site, method), g in zip(asked, grads, strict=True):
-                    if g is not None:
-                        method.observe_grad(Base(site, (), method.common), g)
-                        seen.add(id(site))
+        yield [p for ps in by_host.values() for _, p in ps]
     finally:
         for (host, cls, stack), state in zip(before, states, strict=True):
-            if PROBE in host._modules[CHILD].sites:
+            if host._modules.get(CHILD) is not None and PROBE in host._modules[CHILD].sites:
                 host._modules[CHILD].drop(PROBE)
             if state is None:
-                swap_out(host)
+                if host._modules.get(CHILD) is not None:
+                    swap_out(host)
             else:
                 stack.read, stack.alias = state
                 host.__class__ = cls
-    return seen

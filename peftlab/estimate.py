@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import __version__, layers
 from .calibrate import loss_of, run
-from .host import CHILD, SHARED, Shape, Site, as_kind, bare, changes_bias, fenced_rng, paused_gc, saved_tensors, stacks, walk
+from .host import CHILD, SHARED, Shape, Site, as_kind, bare, changes_bias, fenced_rng, paused_gc, saved_tensors, stacks, trainable_parameters, walk
 from .io.file import encode
 from .io.native import _settings, _site_facts, fingerprint
 from .method import Method
@@ -303,7 +303,7 @@ def _held(model: nn.Module) -> tuple[int, int]:
     seen: dict[int, int] = {}
     for t in (*model.parameters(), *model.buffers()):
         seen.setdefault(storage(t), t.numel() * t.element_size())
-    own = {storage(p): p.numel() for _, m in walk(model) for p in m._parameters.values() if p is not None}
+    own = {storage(p): layers.outline(m, n).numel() for _, m in walk(model) for n, p in m._parameters.items() if p is not None}
     return sum(own.values()), sum(seen.values())
 
 
@@ -357,9 +357,9 @@ class _Kind:
         """Fingerprints have the width of their shape, so those of meta tensors do."""
         values = not (method.replaces or site.rule is layers.OPAQUE)
         changed = [p for p in (site.param, site.bias if changes_bias(site, method) else None) if p and site.host._parameters.get(p) is not None]
-        prints = {p: fingerprint(_shaped(site.host._parameters[p], "meta"), values) for p in changed}
+        prints = {p: fingerprint(_shaped(layers.outline(site.host, p), "meta"), values) for p in changed}
         held = sum(t.numel() * t.element_size() for t in (*method.parameters(), *method.buffers()))
-        return cls(method, _shapes(method.parameters()), held, saved_tensors(method), prints)
+        return cls(method, _shapes(trainable_parameters(method)), held, saved_tensors(method), prints)
 
 
 def _shapes(tensors: Iterable[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -400,7 +400,8 @@ class _Facts:
         with fenced_rng():
             recipes = list(req.recipes("meta"))
             for site, recipe in zip(req.sites, recipes, strict=True):
-                key = (id(recipe), site.rule.name, site.kind, site.n_out, site.n_in, site.shape, site.has_bias, site.dtype, site.param)
+                here = id(site.host) if site.kind == "module" else 0  # what surrounds a call may differ with what lies in it
+                key = (id(recipe), here, site.rule.name, site.kind, site.n_out, site.n_in, site.shape, site.has_bias, site.dtype, site.param)
                 if key not in kinds:
                     kinds[key] = _Kind.of(_built(req, site, recipe), site)
                 kind, host_path = kinds[key], req.model.path(site.host)
@@ -433,7 +434,7 @@ class _Facts:
     def _add_common(self, common: nn.Module | None, name: str, tensors: dict[str, Tensor]) -> None:
         if common is None:
             return
-        self.trained += _shapes(common.parameters())
+        self.trained += _shapes(trainable_parameters(common))
         self.adapter_bytes += sum(t.numel() * t.element_size() for t in (*common.parameters(), *common.buffers()))
         for k, t in saved_tensors(common).items():
             tensors[join(SHARED, name, k)] = t

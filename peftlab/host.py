@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
+from .containers import hiding
 from .layers import Rule
 from .method import Base, Method
 
@@ -60,8 +61,8 @@ class Site:
 
     @property
     def dense(self) -> bool:
-        """Whether only the definition serves: a slice, or one tensor of several."""
-        return self.kind == "tensor" or self.key != "" or self.rows is not None
+        """Whether only the definition serves: one tensor of several, or a part of a layer that does not act on features alone."""
+        return self.kind == "tensor" or (not (self.rule.pointwise and self.rule.call) if self.rows is not None else self.key != "")
 
     @property
     def has_bias(self) -> bool:
@@ -77,7 +78,9 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        W = self.raw_tensor
+        W = layers.outline(self.host, self.param)
+        if self.kind == "module":
+            W = next((p for p in self.host.parameters() if p.is_floating_point()), None)
         return W.dtype if W is not None and W.is_floating_point() else torch.float32
 
     @property
@@ -112,7 +115,7 @@ class Site:
     # ---- what Base needs
     def origin(self) -> Tensor:
         """The frozen tensor itself, canonical, whatever lies below and whatever is merged."""
-        return self.get(self.part(pristine(self.host, self.param)))
+        return self.get(self.part(frozen(self.host, self.param)))
 
     def read(self, links: tuple) -> Tensor:
         if self.rule is layers.OPAQUE:
@@ -147,6 +150,7 @@ class Links(NamedTuple):
     weights: tuple
     calls: tuple
     routed: Routed | None = None
+    merged: tuple[str, ...] = ()  # what the tensors hold meanwhile
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +158,7 @@ class Route:
     """Which adapters act on which rows of a batch: row indices by adapter names; `dim` is the batch's dimension."""
 
     rows: int
-    groups: tuple[tuple[tuple[str, ...], Tensor], ...]
+    groups: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
     dim: int = 0
 
 
@@ -162,7 +166,7 @@ class Routed(NamedTuple):
     """A route as one module sees it: the links of each group of rows, and the stacks that are read while the module runs."""
 
     route: Route
-    parts: tuple[tuple[Links, Tensor], ...]
+    parts: tuple[tuple[Links, tuple[int, ...]], ...]
     within: tuple[tuple[Stack, tuple[Links, ...]], ...]
 
 
@@ -190,6 +194,7 @@ class Stack(nn.Module):
     alias: dict[str, tuple[nn.Module, str]]  # tied parameters that follow another host's adapters
     untied: dict[str, nn.Parameter | None]  # tied parameters of which this end alone is adapted; what it shared, while it has its own
     unready: set[str]  # adapters built on meta whose start values are still to come
+    fused: tuple[Stack, ...]  # stacks whose calls torch's fused kernel of this module would leave out
     route: Route | None  # inside `route`
     within: tuple[Stack, ...]  # inside `route`: the stacks whose weights are read while this module runs
     chosen: Links | None  # inside `route`: what acts on the rows that are being computed, for weights that are read
@@ -200,7 +205,7 @@ class Stack(nn.Module):
         self.links, self.made, self.history, self.lost = NOTHING, {}, deque(maxlen=REMEMBERED), 0
         self.silent, self.read = False, read
         self.alias, self.untied, self.unready = {}, {}, set()
-        self.route, self.within, self.chosen = None, (), None
+        self.fused, self.route, self.within, self.chosen = (), None, (), None
 
     # ---- adapters
     def add(self, name: str, pairs: list[tuple[Site, Method]]) -> None:
@@ -251,7 +256,7 @@ class Stack(nn.Module):
     def _links(self, names: tuple[str, ...]) -> Links:
         acting = [p for n in self.sites if n in names and n not in self.merged for p in self.sites[n]]
         weights = tuple(p for p in acting if p[1].on != "module" and not p[1].in_place)
-        return Links(weights, tuple(p for p in acting if p[1].on == "module")) if acting else NOTHING
+        return Links(weights, tuple(p for p in acting if p[1].on == "module"), None, self.merged) if acting or self.merged else NOTHING
 
     def _routed(self, route: Route) -> Links:
         every = [self._links(names) for names, _ in route.groups]
@@ -260,7 +265,7 @@ class Stack(nn.Module):
         first = sorted(set(same))
         if len(first) == 1 and not within:
             return every[0]
-        parts = tuple((every[i], torch.cat([rows for j, (_, rows) in enumerate(route.groups) if same[j] == i])) for i in first)
+        parts = tuple((every[i], tuple(r for j, (_, rows) in enumerate(route.groups) if same[j] == i for r in rows)) for i in first)
         return Links((), (), Routed(route, parts, tuple((s, tuple(g[i] for i in first)) for s, g in within)))
 
     def _remember(self, now: int, new: Links) -> None:
@@ -291,7 +296,10 @@ class Stack(nn.Module):
     def _acted_at(self, moment: int) -> Links:
         if moment < self.lost:
             raise RuntimeError(f"adapters were switched more than {REMEMBERED} times between a checkpointed forward and its backward")
-        return next((links for until, links in self.history if moment < until), self.links)
+        links = next((links for until, links in self.history if moment < until), self.links)
+        if links.merged != (() if self.silent else self.merged):
+            raise RuntimeError("adapters were merged or unmerged between a checkpointed forward and its backward: its tensors are no longer there")
+        return links
 
     def forward(self, x, *args, **kwargs):
         return x  # for hosts that call all their children in turn, as nn.Sequential does
@@ -343,6 +351,7 @@ class Recipe:
                 torch.default_generator.manual_seed(site_seed(self.seed, self.name, site.path))
             method = self.cls(Base(site, below, self.common), **self.hyper)
         method.__dict__.update(recipe=self, site=site)
+        note_declared(method)
         return method
 
     def fill(self, site: Site, method: Method, weights_known: bool) -> bool:
@@ -369,6 +378,17 @@ class Recipe:
             fill_tensors(self.common, self.make_common(), device)
         self.make_common = None
         return True
+
+
+def note_declared(module: nn.Module) -> nn.Module:
+    """Remember which of a new module's parameters its author declared as frozen (`requires_grad=False`): nothing may unfreeze them."""
+    module.__dict__["declared_frozen"] = frozenset(k for k, p in module.named_parameters() if not p.requires_grad)
+    return module
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a method, or of what its sites share, that may be trained."""
+    return [p for k, p in module.named_parameters() if k not in module.__dict__.get("declared_frozen", ())]
 
 
 @torch.no_grad()
@@ -480,9 +500,18 @@ def pristine(host: nn.Module, param: str) -> Tensor:
     return host._parameters[param] if kept is None else kept
 
 
+def frozen(host: nn.Module, param: str) -> Tensor:
+    """The values of the frozen tensor in its raw layout: `pristine`, or what its codes stand for."""
+    raw = pristine(host, param)
+    if raw.is_floating_point() or not isinstance(host, layers.Quantised):
+        return raw
+    stack = host._modules.get(CHILD)
+    return host.peftlab_dense(param, {} if stack is None else {k.removeprefix(STASH): t for k, t in stack._buffers.items() if k.startswith(STASH)})
+
+
 def effective(host: nn.Module, param: str, links: tuple, raw: Tensor | None = None) -> Tensor:
     """One parameter as the given links leave it, in its raw layout (dtype promoted, not yet cast back)."""
-    W = host._parameters[param] if raw is None else raw
+    W = layers.values(host, param) if raw is None else raw
     pieces = None  # the experts of a 3-D parameter, while consecutive links work on single ones
     for site, method in links:
         if site.param == param and method.has_weight():
@@ -511,14 +540,78 @@ def _stacked(pieces: list[Tensor]) -> Tensor:
 def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     """Run the host with these links; the last one is outermost."""
     if not links:
-        return type(host)._original.forward(host, *args, **kwargs)
+        y = type(host)._original.forward(host, *args, **kwargs)
+        if torch.is_grad_enabled() and args and _cut(args[0], y) and layers.is_opaque_linear(host):
+            raise RuntimeError(
+                f"a {original_class(host).__name__} has no backward: through its frozen call no gradient reaches what lies below. Adapt layers above it "
+                "alone, run what is below under torch.no_grad(), or use a layer whose call is differentiable."
+            )
+        return y
     site, method = links[-1]
     if method.on == "module":
         return method(Base(site, links[:-1], method.common), *args, **kwargs)
     x, rest, kwargs = _first(args, kwargs)
     if rest or kwargs or any(s.dense for s, _ in links):
         return _defined(host, links, x, rest, kwargs)
+    if site.rows is not None:
+        return _by_parts(host, links, x)
     return method(Base(site, links[:-1], method.common), x)
+
+
+def _cut(x, y) -> bool:
+    """Whether an output lost the gradient that the input asks for."""
+    if not (isinstance(x, Tensor) and x.requires_grad and isinstance(y, Tensor) and y.is_floating_point()):
+        return False
+    return not y.requires_grad or y.grad_fn.name().endswith("WarnNotImplemented")  # torch's own node for operators without a backward
+
+
+class Link:
+    """What stands in a chain of links where a site and its method would, and is neither."""
+
+    on, common = "module", None
+    param = bias = expert = rows = None
+    dense = False
+    host: nn.Module
+
+    def run(self, links: tuple, args: tuple, kwargs: dict):
+        return call(self.host, links, args, kwargs)
+
+    def has_weight(self) -> bool:
+        return False
+
+    has_bias = has_weight
+
+
+class _Part(Link):
+    """Some output features of what lies below; for the input `x` its whole output `y` is known."""
+
+    def __init__(self, host: nn.Module, part: slice | Tensor, x: Tensor, y: Tensor):
+        self.host, self.part, self.x, self.y = host, part, x, y
+
+    def __call__(self, base: Base, x: Tensor) -> Tensor:
+        y = self.y if x is self.x else base(x)
+        return y[..., self.part] if isinstance(self.part, slice) else y.index_select(-1, self.part.to(y.device))
+
+
+def _by_parts(host: nn.Module, links: tuple, x: Tensor) -> Tensor:
+    """The parts of a fused projection that the uppermost adapter changes, each by its own fast path on its own output features."""
+    name, first = links[-1][1].recipe.name, len(links)
+    while first and links[first - 1][0].rows is not None and links[first - 1][1].recipe.name == name:
+        first -= 1
+    below, acting = links[:first], links[first:]
+    y = call(host, below, (x,), {})
+    done = []
+    for site, method in acting:
+        under = _Part(host, site.rows, x, y)
+        done.append((site.rows, method(Base(site, (*below, (under, under)), method.common), x)))
+    if any(isinstance(rows, Tensor) for rows, _ in done):
+        every = [torch.arange(y.shape[-1])[rows] if isinstance(rows, slice) else rows for rows, _ in done]
+        return y.index_copy(-1, torch.cat(every).to(y.device), torch.cat([part for _, part in done], -1))
+    pieces, at = [], 0
+    for rows, part in sorted(done, key=lambda d: d[0].start):
+        pieces += [y[..., at : rows.start], part]
+        at = rows.stop
+    return torch.cat([*pieces, y[..., at:]], -1)
 
 
 def _first(args: tuple, kwargs: dict) -> tuple:
@@ -582,24 +675,49 @@ def _seen(name: str) -> property:
             return raw
         host, param = stack.alias.get(name, (self, name))
         stack = host._modules[CHILD]
-        weights, _, routed = stack.current()
+        weights, _, routed, _ = stack.current()
         if routed is not None:
             raise RuntimeError(
                 f"{name!r} of a {original_class(self).__name__} has another value for every row of the batch, and was read where the rows are not "
                 "told apart. Inside route(...), call the module that holds it; run backward inside the block where it recomputes activations."
             )
         if not weights:
-            return raw
+            return layers.values(self, name)
         refuse_lost_gradients(host, stack)
         try:
             if getattr(host, "max_norm", None) is None:
-                return effective(host, param, weights).to(raw.dtype)
+                return effective(host, param, weights).to(layers.outline(host, param).dtype)
             # torch shortens rows in place where there is a max_norm: work on and hand out what nobody owns.
             return effective(host, param, weights, host._parameters[param].clone()).to(raw.dtype).clone()
         except AttributeError as e:  # nn.Module.__getattr__ would swallow it and hand out the frozen tensor
             raise RuntimeError(f"an adapter failed while {name!r} was read: {e}") from e
 
     return property(get)
+
+
+# torch's encoder has a kernel for eval mode that calls none of its modules. It is taken where these attributes allow it.
+FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0), (nn.TransformerEncoder, "use_nested_tensor", False))
+
+
+def _unfused(name: str, off: object) -> property:
+    """An attribute that keeps torch from the kernel while a method surrounds a call inside."""
+
+    def get(self):
+        fused = self._modules[CHILD].fused
+        return off if any(links.calls or links.routed for links in (s.current() for s in fused)) else self.__dict__[name]
+
+    def put(self, value):
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+def unfuse(site: Site, above: list[nn.Module]) -> None:
+    """Have torch's encoder modules that hold this host run their parts one by one while its methods act."""
+    stack = site.host._modules[CHILD]
+    for m in above:
+        holder = m._modules.get(CHILD) or swap_in(m, False, ())
+        holder.fused = tuple(dict.fromkeys((*holder.fused, stack)))
 
 
 def _flat_weights() -> property:
@@ -621,7 +739,9 @@ def adapted_class(cls: type, seen: tuple[str, ...]) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        **hiding(cls, (CHILD, SHARED)),
         **{n: _seen(n) for n in seen},
+        **{n: _unfused(n, off) for kind, n, off in FUSED if issubclass(cls, kind)},
     }
     if issubclass(cls, nn.RNNBase) and seen:
         body["_flat_weights"] = _flat_weights()
@@ -714,7 +834,7 @@ def swap_out(host: nn.Module) -> None:
 
 def refuse_lost_gradients(host: nn.Module, stack: Stack) -> None:
     """Reentrant checkpointing of a block none of whose inputs requires grad cuts its adapters off: say so instead of training nothing."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not host.training or stack.links == NOTHING:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not host.training or not any(stack.links[:3]):
         return
     frame = sys._getframe(1)
     while frame is not None:
@@ -763,7 +883,7 @@ def walk(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.M
         yield path, m
         if m._modules:
             prefix = f"{path}." if path else ""
-            todo += [(prefix + n, c) for n, c in reversed(m._modules.items()) if c is not None and n != SHARED and type(c) is not Stack]
+            todo += [(prefix + n, c) for n, c in reversed(m._modules.items()) if c is not None and type(c) is not Stack and type(c) is not Shared]
 
 
 SHARED = "peftlab_shared"  # child of the model's root that holds what all sites of an adapter share
@@ -777,6 +897,7 @@ class Shared(nn.Module):
 
 
 def refresh_alias_free(root: nn.Module) -> None:
-    """Forget aliases whose adapted end has no adapters left."""
+    """Forget aliases and fused kernels whose adapted end has no adapters left."""
     for _, _, s in stacks(root):
         s.alias = {k: (h, p) for k, (h, p) in s.alias.items() if isinstance(h, Adapted) and h._modules[CHILD].sites}
+        s.fused = tuple(t for t in s.fused if any(m.on == "module" for pairs in t.sites.values() for _, m in pairs))

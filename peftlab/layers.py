@@ -21,6 +21,36 @@ class NeedsWeight(ValueError):
     """A method asked an opaque layer for weight values that it does not give."""
 
 
+class Quantised:
+    """Marks the classes that `quantize` makes: some parameters hold codes, and `packed` tells what these stand for."""
+
+    _packed_rule: Rule | None = None  # of a layer whose call works on the codes; the others are read
+    _packed_flip = False  # the codes are those of the transposed parameter
+    peftlab_formats: dict  # parameter -> facts: shape and dtype of the dense tensor, ...
+
+    def peftlab_dense(self, param: str, kept: dict[str, Tensor]) -> Tensor:
+        """The values of a parameter in its raw layout; `kept` has tensors by name that take the place of the module's own."""
+        raise NotImplementedError
+
+
+def holds_codes(m: nn.Module, param: str | None) -> bool:
+    """Whether this parameter is packed (it is not while adapters are merged onto its dense form)."""
+    return isinstance(m, Quantised) and param in m.peftlab_formats and not m._parameters[param].is_floating_point()
+
+
+def values(m: nn.Module, param: str) -> Tensor:
+    """A parameter in its raw layout: itself, or what its codes stand for."""
+    return m.peftlab_dense(param, {}) if holds_codes(m, param) else m._parameters[param]
+
+
+def outline(m: nn.Module, param: str) -> Tensor | None:
+    """A tensor of the shape and dtype of `values`, without them where the parameter is packed."""
+    if not holds_codes(m, param):
+        return m._parameters.get(param)
+    form = m.peftlab_formats[param]
+    return torch.empty(form.shape[::-1] if m._packed_flip else form.shape, dtype=form.dtype, device="meta")
+
+
 class Rule:
     """How to see a raw parameter as a matrix, and how to run the layer with another one."""
 
@@ -30,6 +60,12 @@ class Rule:
     pointwise = False  # acts on the last dimension of x alone
     call = False  # the layer can be run functionally, so that a method may surround the call
     linear = True  # output is linear in the weight
+
+    def __new__(cls) -> Rule:
+        """One object a class, so that copies of a model (deepcopy, pickle) hold the very rule."""
+        if "_one" not in cls.__dict__:
+            cls._one = super().__new__(cls)
+        return cls._one
 
     def ndim(self, m: nn.Module, raw: Tensor) -> int:
         return raw.ndim
@@ -58,7 +94,7 @@ class Rule:
         return F.linear(h, B.to(h.dtype))
 
     def plus(self, m: nn.Module, W: Tensor, b: Tensor | None, x: Tensor, B: Tensor, h: Tensor) -> Tensor | None:
-        """affine(W, b, x) + mix(B, h) in fewer passes, or None where the rule knows no shorter way."""
+        """affine(matrix(W), b, x) + mix(B, h) of the raw weight W in fewer passes, or None where the rule knows no shorter way."""
         return None
 
     def along(self, m: nn.Module, v: Tensor, y: Tensor) -> Tensor:
@@ -89,10 +125,15 @@ class Linear(Rule):
 
     def plus(self, m, W, b, x, B, h):
         # The product is a fresh tensor that nothing else holds and whose value no backward needs: adding in place saves two passes.
-        y = F.linear(x.reshape(-1, x.shape[-1]), W, b)
+        return self._added(F.linear(x.reshape(-1, x.shape[-1]), self.matrix(m, W), b), x, B, h)
+
+    def _added(self, y: Tensor, x: Tensor, B: Tensor, h: Tensor) -> Tensor:
+        """B over h added in place to the fresh product y."""
         right = B.to(y.dtype).t()
         y.addmm_(h.reshape(-1, h.shape[-1]).to(y.dtype), right if B.shape[1] >= THICK else right.contiguous())
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Nothing else holds the product, so its new shape need not be a view: those that edit a layer's output in place (and FSDP2, which
+        # warns of views) then see what they see of a layer without adapters.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class Conv1D(Linear):
@@ -191,16 +232,20 @@ class Embedding(Rule):
         # A lookup has no activation dtype of its own: it takes the frozen table's. Cast the rows, not the table.
         y = F.embedding(x, W.t(), m.padding_idx)
         y = self.finish(m, y, x)
-        return y.to(m._parameters["weight"].dtype)
+        return y.to(outline(m, "weight").dtype)
 
     def apply(self, m, M, x):
-        return F.embedding(x, M.t()).to(m._parameters["weight"].dtype)
+        return F.embedding(x, M.t()).to(outline(m, "weight").dtype)
 
     def finish(self, m, y, x):
         if m.padding_idx is None:
             return y
-        row = m._parameters["weight"][m.padding_idx]
+        row = self.row(m, m.padding_idx)
         return torch.where((x == m.padding_idx)[..., None], row.to(y.dtype), y)
+
+    def row(self, m: nn.Module, i: int) -> Tensor:
+        """One row of the frozen table."""
+        return m._parameters["weight"][i]
 
 
 def keep_padding(m: nn.Module, table: Tensor, before: Tensor) -> Tensor:
@@ -244,7 +289,7 @@ def is_opaque_linear(m: nn.Module) -> bool:
     n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
     if not (isinstance(n_in, int) and isinstance(n_out, int)) or isinstance(m, nn.Bilinear):
         return False
-    W = m._parameters.get("weight")
+    W = outline(m, "weight")
     return W is None or not W.is_floating_point() or tuple(W.shape) != (n_out, n_in)
 
 
@@ -253,12 +298,14 @@ def rule_of(m: nn.Module) -> Rule | None:
 
     A subclass with a forward of its own keeps the rule's view of the weight, but `surrounds` says that it must be read.
     """
+    if isinstance(m, Quantised) and m._packed_rule is not None:
+        return m._packed_rule
     if is_opaque_linear(m):
         return OPAQUE
     found = _registered(type(m))
     if found and isinstance(m._parameters.get("weight"), Tensor):
         return found[1]
-    W = m._parameters.get("weight")
+    W = outline(m, "weight")
     n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
     if W is not None and n_in is not None and tuple(W.shape) == (n_out, n_in):
         return LINEAR  # a linear that is not nn.Linear; its own forward is unknown, so it is read
@@ -267,7 +314,7 @@ def rule_of(m: nn.Module) -> Rule | None:
 
 def surrounds(m: nn.Module, cls: type) -> bool:
     """Whether the layer runs its registered class's forward unchanged, so that the rule's functional form is its operation."""
-    if is_opaque_linear(m):
+    if is_opaque_linear(m) or (isinstance(m, Quantised) and m._packed_rule is not None):
         return True
     found = _registered(cls)
     return found is not None and cls.forward is found[0].forward and found[1].ready(m)
@@ -281,3 +328,18 @@ def features(m: nn.Module, rule: Rule, raw: Tensor | None) -> tuple[int, int]:
         return tuple(raw.shape)
     with torch.device("meta"):
         return tuple(rule.matrix(m, torch.empty(raw.shape)).shape)
+
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def is_norm(m: nn.Module) -> bool:
+    """A normalisation layer: torch's, or a module of that name whose parameters are all vectors (RMSNorm of one's own)."""
+    vectors = [p.ndim == 1 for p in m._parameters.values() if p is not None]
+    return isinstance(m, NORMS) or (bool(vectors) and all(vectors) and type(m).__name__.lower().endswith("norm"))
+
+
+def adds_residual(m: nn.Module) -> bool:
+    """Whether a module is one layer and then one norm, which BERT calls with the sub-layer's input as well: norm(layer(h) + x)."""
+    kinds = ["layer" if isinstance(rule_of(c), Linear) else "norm" for c in m._modules.values() if c is not None and (is_norm(c) or rule_of(c) is not None)]
+    return kinds == ["layer", "norm"] and type(m).forward is not nn.Sequential.forward

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import layers
+
 if TYPE_CHECKING:
     from .host import Recipe, Site
     from .sites import Model
@@ -89,6 +91,10 @@ class Method(nn.Module):
         """By an equation on the tensors, so that it merges and stacks exactly."""
         return cls.has_weight() or cls.has_bias()
 
+    def unmergeable(self) -> str | None:
+        """Why this very method cannot be folded into its tensors now, after its adapter's name; None where it can."""
+        return None if self.on != "module" and self.defined() else "changes the call, not the weight"
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={tuple(p.shape)}" for k, p in self.named_parameters(recurse=False))
 
@@ -135,6 +141,28 @@ class Base:
         return self.site.rule.pointwise
 
     @property
+    def neighbours(self) -> dict[str, list[Method]]:
+        """The adapters that sit at the host already, by name."""
+        stack = self.site.host._modules.get("peftlab")
+        return {} if stack is None else {name: [m for _, m in pairs] for name, pairs in stack.sites.items()}
+
+    @property
+    def acting(self) -> frozenset[str]:
+        """Those of them that are active or merged."""
+        stack = self.site.host._modules.get("peftlab")
+        return frozenset() if stack is None else frozenset((*stack.active, *stack.merged))
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the host is a normalisation layer."""
+        return layers.is_norm(self.site.host)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the host is called with a residual, adds it and normalises."""
+        return layers.adds_residual(self.site.host)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.site.dtype
 
@@ -179,8 +207,8 @@ class Base:
         # Forward hooks of the frozen call do not exist (it is the class's forward), so the functional form is the same call.
         if not self.below and not torch.is_autocast_enabled(x.device.type):
             W = site.host._parameters.get(site.param)
-            if W is not None and W.dtype == x.dtype and site.rows is None:
-                y = site.rule.plus(site.host, site.rule.matrix(site.host, W), self.bias, x, B, h) if site.rule.name != "opaque" else None
+            if W is not None and site.rows is None and (W.dtype == x.dtype or layers.holds_codes(site.host, site.param)):
+                y = site.rule.plus(site.host, W, self.bias, x, B, h)
                 if y is not None:
                     return y
         y = self(x)

@@ -109,7 +109,7 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         Report: a list of `Row` in the model's order, a site's methods in stacking order, shared modules last. Its `.trainable` and
-        `.total` are direct counts over `model.parameters()`; `.elsewhere` names what trains without being an adapter's.
+        `.total` are direct counts over `model.parameters()`, a packed weight at the entries it stands for; `.elsewhere` names what trains without being an adapter's.
 
     Raises:
         TypeError: when `model` is not a module.
@@ -138,7 +138,9 @@ def report(model: nn.Module) -> Report:
             rows.append(Row(path, labels.get(name, "-"), name, active=name in active, merged=False, **facts, **where))
     params = list(named.values())
     elsewhere = [k for k, p in named.items() if p.requires_grad and id(p) not in own]
-    return Report(rows, sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params), elsewhere)
+    packed = [(m, n) for m in root.modules() if isinstance(m, layers.Quantised) for n in m.peftlab_formats]
+    total = sum(p.numel() for p in params) + sum(layers.outline(m, n).numel() - m._parameters[n].numel() for m, n in packed)
+    return Report(rows, sum(p.numel() for p in params if p.requires_grad), total, elsewhere)
 
 
 def tensors_of(site: Site | None, m: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import host as hosts
-from .host import CHILD, Adapted, Links, Route, Routed, Site, Stack, bare, stacks
+from .host import CHILD, Adapted, Link, Links, Route, Routed, Site, Stack, bare, stacks
 from .method import Base, Method
 from .sites import READERS, Model, ensure_module
 from .wrap import named, outside_disabled, survey
@@ -42,7 +42,7 @@ def route(model: nn.Module, names: Iterable[str | Iterable[str] | None], *, batc
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(wanted):
         groups.setdefault(row, []).append(i)
-    chosen = Route(len(wanted), tuple((g, torch.tensor(rows)) for g, rows in groups.items()), batch_dim)
+    chosen = Route(len(wanted), tuple((g, tuple(rows)) for g, rows in groups.items()), batch_dim)
     before = [(s, s.route, s.within) for _, _, s in found]
     lent = _boundaries(bare(model), found)
     try:
@@ -118,9 +118,9 @@ def run(host: nn.Module, stack: Stack, routed: Routed, args: tuple, kwargs: dict
     return _around(host, call, parts, routed.route)(args, kwargs)
 
 
-def _each(rows: Tensor, k: int) -> Tensor:
+def _each(rows: tuple[int, ...], k: int) -> list[int]:
     """Rows of the batch, for entries that cover k rows each."""
-    return rows if k == 1 else (rows[:, None] * k + torch.arange(k)).flatten()
+    return [r * k + i for r in rows for i in range(k)]
 
 
 _INPUTS = ("hidden_states", "input_ids", "inputs_embeds", "input", "x", "query", "pixel_values")
@@ -159,6 +159,12 @@ def _whole(host: nn.Module, routed: Routed, parts: list, size: int, args: tuple,
     """Weights that are read have one value a call: the module runs once a group, and each row is taken from the run that is its own."""
     if isinstance(host, nn.modules.batchnorm._BatchNorm) and host.training and host.track_running_stats:
         raise ValueError("a batch norm in training mode mixes the rows of a batch: they cannot have different adapters")
+    for value in (*args, *kwargs.values()) if len(parts) > 1 else ():
+        if not _is_plain(value):
+            raise ValueError(
+                f"the adapted weights of this {hosts.original_class(host).__name__} are read, so that it runs once a group of rows, and it was given a "
+                f"{type(value).__name__}, which every run would write to. In transformers: use_cache=False."
+            )
     dim, outs = _dim(host, routed.route), []
     if args:
         args = (_widened(args[0], size, dim), *args[1:])
@@ -178,14 +184,21 @@ def _whole(host: nn.Module, routed: Routed, parts: list, size: int, args: tuple,
     return pick(outs, dim=dim)
 
 
-def _joined(values: list, rows: list[Tensor], size: int, dim: int, host: nn.Module):
+def _is_plain(value) -> bool:
+    """Whether a call cannot keep anything in this argument."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+def _joined(values: list, rows: list[list[int]], size: int, dim: int, host: nn.Module):
     """The same structure as every value, with each group's rows from its own."""
     one = values[0]
     again = functools.partial(_joined, rows=rows, size=size, dim=dim, host=host)
     if one is None:
         return None
     if isinstance(one, Tensor) and one.ndim > dim and one.shape[dim] == size:
-        return _back([v.index_select(dim, r.to(v.device)) for v, r in zip(values, rows, strict=True)], rows, dim)
+        return _back([v.index_select(dim, _index(r, v)) for v, r in zip(values, rows, strict=True)], rows, dim)
     if isinstance(one, Mapping):
         return type(one)(**{k: again([v[k] for v in values]) for k in one})
     if isinstance(one, (tuple, list)):
@@ -195,14 +208,20 @@ def _joined(values: list, rows: list[Tensor], size: int, dim: int, host: nn.Modu
     raise ValueError(f"a {hosts.original_class(host).__name__} gave {shown} inside route(...), in which the {size} rows of the batch are not seen")
 
 
-def _back(pieces: list[Tensor], rows: list[Tensor], dim: int) -> Tensor:
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)
+
+
+def _back(pieces: list[Tensor], rows: list[list[int]], dim: int) -> Tensor:
     """Pieces of a batch in the batch's own order."""
-    whole, order = torch.cat(pieces, dim), torch.cat(rows)
-    return whole if _straight(order) else whole.index_select(dim, order.argsort().to(whole.device))
+    whole, order = torch.cat(pieces, dim), _joint(rows)
+    if order == sorted(order):
+        return whole
+    return whole.index_select(dim, _index(sorted(range(len(order)), key=order.__getitem__), whole))
 
 
-def _straight(order: Tensor) -> bool:
-    return bool((order == torch.arange(len(order))).all())
+def _joint(rows: list[list[int]]) -> list[int]:
+    return [r for part in rows for r in part]
 
 
 def _sorted(host: nn.Module, stack: Stack, dim: int, parts: list, size: int, args: tuple, kwargs: dict) -> Tensor:
@@ -210,40 +229,42 @@ def _sorted(host: nn.Module, stack: Stack, dim: int, parts: list, size: int, arg
     x, rest, kwargs = hosts._first(args, kwargs)
     x = _widened(x, size, dim)
     rows = [r for _, r in parts]
-    order = torch.cat(rows)
-    if not _straight(order):
-        x = x.index_select(dim, order.to(x.device))
+    order = _joint(rows)
+    if order != sorted(order):
+        x = x.index_select(dim, _index(order, x))
     sizes = [len(r) for r in rows]
-    frozen = functools.cache(lambda: hosts.call(host, (), (x, *rest), kwargs).split(sizes, dim))  # once, if anybody asks
+    frozen = _Frozen(host, (x, *rest), kwargs, sizes, dim)
     outs = []
     for i, ((links, _), piece) in enumerate(zip(parts, x.split(sizes, dim), strict=True)):
-        known = (Site(host, "", kind="module", param=None), _Known(frozen, i, piece))
-        outs.append(hosts.run_links(host, stack, Links((known, *links.weights), ()) if links.weights else Links((), (known,)), (piece, *rest), kwargs))
+        known = _Known(host, frozen, i, piece)
+        below = (known, known)
+        outs.append(hosts.run_links(host, stack, Links((below, *links.weights), ()) if links.weights else Links((), (below,)), (piece, *rest), kwargs))
     return _back(outs, rows, dim)
 
 
-class _Link:
-    """What stands in a chain of links where a method would, and is none."""
+class _Frozen:
+    """The frozen layer's output for each group of rows, computed for all of them when one is first asked for."""
 
-    on, common = "module", None
+    def __init__(self, host: nn.Module, args: tuple, kwargs: dict, sizes: list[int], dim: int):
+        self.host, self.args, self.kwargs, self.sizes, self.dim, self.pieces = host, args, kwargs, sizes, dim, None
 
-    def has_weight(self) -> bool:
-        return False
+    def piece(self, group: int) -> Tensor:
+        if self.pieces is None:
+            self.pieces = hosts.call(self.host, (), self.args, self.kwargs).split(self.sizes, self.dim)
+        return self.pieces[group]
 
-    has_bias = has_weight
 
-
-class _Known(_Link):
+class _Known(Link):
     """The frozen layer below a group's methods: its output is known for the very rows that the group was given."""
 
-    def __init__(self, frozen: Callable[[], tuple[Tensor, ...]], group: int, x: Tensor):
-        self.frozen, self.group, self.x = frozen, group, x
+    def __init__(self, host: nn.Module, frozen: _Frozen, group: int, x: Tensor):
+        self.host, self.frozen, self.group, self.x = host, frozen, group, x
 
     def __call__(self, base: Base, x: Tensor, *args, **kwargs) -> Tensor:
-        return self.frozen()[self.group] if x is self.x else base(x, *args, **kwargs)
+        return self.frozen.piece(self.group) if x is self.x else base(x, *args, **kwargs)
 
 
-class _Below(_Link):
+class _Below(Link):
     """A function in the place of what lies below a surrounding method."""
 
     def __init__(self, call: Callable):
@@ -253,22 +274,22 @@ class _Below(_Link):
         return self.call(args, kwargs)
 
 
-def _around(host: nn.Module, call: Callable, parts: list[tuple[Links, Tensor]], route: Route) -> Callable:
+def _around(host: nn.Module, call: Callable, parts: list[tuple[Links, list[int]]], route: Route) -> Callable:
     """The calls that surround the host, outermost last: at each depth those of one class run together, since their rows are disjoint."""
     for depth in range(max(len(links.calls) for links, _ in parts)):
         if route.dim:
             raise ValueError(f"batch_dim={route.dim}: methods that surround a call have the batch first")
-        level: dict[type, dict[int, tuple[Site, Method, list[Tensor]]]] = {}
+        level: dict[type, dict[int, tuple[Site, Method, list[int]]]] = {}
         for links, rows in parts:
             if len(links.calls) > depth:
                 site, m = links.calls[depth]
-                level.setdefault(type(m), {}).setdefault(id(m), (site, m, []))[2].append(rows)
+                level.setdefault(type(m), {}).setdefault(id(m), (site, m, []))[2].extend(rows)
         for cls, acting in level.items():
             site = next(iter(acting.values()))[0]
-            call = functools.partial(_level, cls, site, call, [(m, torch.cat(rows)) for _, m, rows in acting.values()])
+            call = functools.partial(_level, cls, site, call, [(m, torch.tensor(rows)) for _, m, rows in acting.values()])
     return call
 
 
 def _level(cls: type[Method], site: Site, below: Callable, parts: list[tuple[Method, Tensor]], args: tuple, kwargs: dict):
-    under = (Site(site.host, "", kind="module", param=None), _Below(below))
-    return cls.routed(Base(site, (under,), None), parts, *args, **kwargs)
+    under = _Below(below)
+    return cls.routed(Base(site, ((under, under),), None), parts, *args, **kwargs)

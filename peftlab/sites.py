@@ -17,6 +17,7 @@ from .patterns import PatternError, as_list, did_you_mean, matches, show, specif
 from .registry import names as registered
 from .registry import resolve
 from .structure import PLACES, blocks, head
+from .sublayers import widths
 
 
 @dataclass
@@ -51,6 +52,10 @@ class Model:
     def path(self, m: nn.Module) -> str:
         return self.paths[id(m)][0]
 
+    def place(self, name: str) -> list[nn.Module]:
+        """The modules of a structural name."""
+        return PLACES[name](self)
+
 
 def storage(t: Tensor) -> int:
     """An identity of the memory behind a tensor, real or meta."""
@@ -73,7 +78,9 @@ def candidates(model: Model, cls: type[Method], split: Mapping, layout: Mapping,
     for key, m in model.modules.items():
         paths = model.paths[key]
         if cls.on == "module":
-            yield Site(m, paths[0], kind="module", param=None, names=tuple(paths))
+            uncalled = any(isinstance(p, nn.MultiheadAttention) for p in model.parents.get(key, ()))  # it calls none of its children
+            if not uncalled and original_class(m).forward is not nn.Module.forward:  # as a list of modules has none
+                yield _called(model, m)
         elif cls.on == "tensor":
             yield from _tensors(m, paths, _is_read(model, m, read, used))
         else:
@@ -87,10 +94,17 @@ def candidates(model: Model, cls: type[Method], split: Mapping, layout: Mapping,
                 raise PatternError(f"{what}: {show(pattern)} matches nothing.{did_you_mean(str(pattern), there)}")
 
 
+def _called(model: Model, m: nn.Module) -> Site:
+    """A module whose call is surrounded."""
+    paths, (n_in, n_out) = model.paths[id(m)], widths(m)
+    return Site(m, paths[0], kind="module", param=None, rule=layers.rule_of(m) or layers.MATRIX, names=tuple(paths), n_out=n_out, n_in=n_in)
+
+
 def _tensors(m: nn.Module, paths: list[str], read_only: bool) -> Iterable[Site]:
     ancestors = tuple(a for path in paths for a in _ancestors(path))
     read_only = read_only or not runs_whole(m)
-    for name, p in m._parameters.items():
+    for name in m._parameters:
+        p = layers.outline(m, name)
         if p is not None and p.is_floating_point():
             own = tuple(join(path, name) for path in paths)
             yield Site(m, own[0], name, "tensor", name, names=own + ancestors, shape=tuple(p.shape), read_only=read_only)
@@ -116,16 +130,17 @@ def _matrices(m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, r
         covered |= {"weight", "bias"}
         bias = rule.bias if rule.bias and m._parameters.get(rule.bias) is not None else None
         surround = rule.call and layers.surrounds(m, cls) and not read_only
-        raw = m._parameters.get(rule.weight)
+        raw = layers.outline(m, rule.weight)
         n_out, n_in = layers.features(m, rule, raw)
         shape = tuple(raw.shape) if raw is not None and rule is not layers.OPAQUE else (n_out, n_in)
         names = tuple(paths) + tuple(join(p, "weight") for p in paths)
         whole = Site(m, paths[0], "", "matrix", "weight", bias, rule, n_out=n_out, n_in=n_in, shape=shape, names=names, read_only=not surround)
         yield whole
+        taken: set[int] = set()
         for pattern, parts in split.items():
             if any(matches(pattern, p, m) for p in paths):
                 used["split", show(pattern)] += 1
-                yield from _slices(whole, paths, parts, pattern)
+                yield from _slices(whole, paths, parts, pattern, taken)
     if issubclass(cls, nn.MultiheadAttention):
         covered |= {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         yield from _attention(m, paths)
@@ -136,14 +151,15 @@ def _matrices(m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, r
             bias = bias if m._parameters.get(bias) is not None else None
             names = tuple(join(p, name) for p in paths) + tuple(paths)
             yield _raw(m, join(paths[0], name), name, bias, names)
-    for name, p in m._parameters.items():
+    for name in m._parameters:
+        p = layers.outline(m, name)
         if p is None or name in covered or p.ndim < 2 or not p.is_floating_point():
             continue
         yield from _raw_parameter(m, paths, name, p, layout, used)
 
 
 def _raw(m: nn.Module, path: str, name: str, bias: str | None, names: tuple[str, ...], **more) -> Site:
-    p = m._parameters[name]
+    p = layers.outline(m, name)
     n_out, n_in = layers.features(m, layers.MATRIX, p)
     facts = dict(n_out=n_out, n_in=n_in, shape=tuple(p.shape), read_only=True) | more
     return Site(m, path, path.rpartition(".")[2] if "." in path else path, "matrix", name, bias, layers.MATRIX, names=names, **facts)
@@ -211,7 +227,7 @@ def _attention(m: nn.MultiheadAttention, paths: list[str]) -> Iterable[Site]:
     for i, part in enumerate("qkv"):
         key = f"{part}_proj"
         param, rows = ("in_proj_weight", slice(i * e, (i + 1) * e)) if m._qkv_same_embed_dim else (f"{key}_weight", None)
-        n_in = m._parameters[param].shape[1]
+        n_in = layers.outline(m, param).shape[1]
         names = tuple(join(p, key) for p in paths) + tuple(paths) + (() if m._qkv_same_embed_dim else tuple(join(p, param) for p in paths))
         part_of_bias = slice(i * e, (i + 1) * e)  # one tensor of 3 e entries either way
         yield Site(
@@ -258,9 +274,9 @@ def _reads_children(model: Model, m: nn.Module) -> bool:
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, *filter(None, [getattr(nn, "LinearCrossEntropyLoss", None)]))
 
 
-def _slices(whole: Site, paths: list[str], parts: Mapping, pattern) -> Iterable[Site]:
-    """The named row blocks of a fused projection; sizes in order, or explicit rows (for interleaved heads)."""
-    start, taken = 0, set()
+def _slices(whole: Site, paths: list[str], parts: Mapping, pattern, taken: set[int]) -> Iterable[Site]:
+    """The named row blocks of a fused projection; sizes in order, or explicit rows (for interleaved heads). `taken` gains their rows."""
+    start = 0
     for name, size in parts.items():
         where = f"split {show(pattern)}: {name!r} = {size!r}"
         if not isinstance(name, str) or not name or "." in name:
@@ -301,6 +317,11 @@ def select(model: Model, cls: type[Method], label: str, targets, exclude, chosen
         if not isinstance(parts, Mapping):
             raise TypeError(f"split: {show(pattern)} maps to {parts!r}; give the parts as a dict of sizes or rows")
     there = list(candidates(model, cls, split, layout, as_list(read) if read is not None else []))
+    return select_from(model, cls, label, there, targets, exclude, chosen, of)
+
+
+def select_from(model: Model, cls: type[Method], label: str, there: list[Site], targets, exclude, chosen=None, of=None) -> tuple[list[Site], dict[str, int]]:
+    """Those of the sites `there` that the patterns mean, and how many each pattern matched."""
     if of is not None and not (isinstance(of, (str, re.Pattern))):
         raise TypeError(f"of={of!r}: the path of a list of layers")
     counts: dict[str, int] = {}
@@ -361,7 +382,7 @@ def beside(model: Model, cls: type[Method], found: list[Site], hyper: dict) -> l
     """The modules that the method asks for besides those that were meant."""
     there = [s.host for s in found]
     asked = [m for m in cls.beside(model, there, hyper) if all(m is not h for h in there)]
-    return [Site(m, model.path(m), kind="module", param=None, names=tuple(model.paths[id(m)])) for m in dict.fromkeys(asked)]
+    return [_called(model, m) for m in dict.fromkeys(asked)]
 
 
 def _structural(model: Model, pattern: str, there: list[Site]) -> list[Site]:

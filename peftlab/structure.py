@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from . import layers
-from .host import Stack, original_class
+from .attend import attends
+from .host import CHILD, Adapted, Stack, original_class
+from .layers import is_norm
+from .sublayers import closing_norm, ends, feedforward
+from .virtual import stacks
 
 if TYPE_CHECKING:
     from .sites import Model
-
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
-
-def is_norm(m: nn.Module) -> bool:
-    """A normalisation layer: torch's, or a module of that name whose parameters are all vectors (RMSNorm of one's own)."""
-    vectors = [p.ndim == 1 for p in m._parameters.values() if p is not None]
-    return isinstance(m, NORMS) or (bool(vectors) and all(vectors) and original_class(m).__name__.lower().endswith("norm"))
-
 
 def blocks(model: Model) -> dict[str, nn.Module]:
     """The repeated stacks of a model: lists of at least two children of one class, outermost first."""
@@ -75,4 +70,67 @@ def every_block(model: Model) -> list[nn.Module]:
     return [c for holder in blocks(model).values() for c in holder._modules.values() if c is not None and not isinstance(c, Stack)]
 
 
+def attention(model: Model) -> list[nn.Module]:
+    """The modules that run attention themselves."""
+    return [m for m in model.modules.values() if attends(m)]
+
+
 PLACES: dict[str, Callable[[Model], list[nn.Module]]] = {":head": head, ":norms": norms, ":embeddings": embeddings, ":blocks": every_block}
+PLACES[":attention"] = attention
+PLACES[":stack"] = stacks  # the owner of the token embedding
+
+
+def sublayers(model: Model) -> list[nn.Module]:
+    """What gives the output of each attention and feed-forward sub-layer of each block, before the residual sum."""
+    return [end for b in every_block(model) for end in ends(b)]
+
+
+def feedforward_outputs(model: Model) -> list[nn.Module]:
+    """The same of the feed-forward sub-layers alone."""
+    return [found[-1] for b in every_block(model) if (found := ends(b))]
+
+
+def feedforward_norms(model: Model) -> list[nn.Module]:
+    """The normalisation after each feed-forward sub-layer's residual sum; where a block has none there, the block."""
+    return [closing_norm(b, found[-1]) or b for b in every_block(model) if (found := ends(b))]
+
+
+def feedforwards(model: Model) -> list[nn.Module]:
+    """The modules that are called with the input of a feed-forward sub-layer."""
+    return [m for b in every_block(model) if (m := feedforward(b)) is not None]
+
+
+def linears(model: Model) -> list[nn.Module]:
+    """The linear-like layers of the blocks (of a model without blocks: all but the head)."""
+    inside = {id(m) for b in every_block(model) for m in b.modules()}
+    every = [m for m in model.modules.values() if isinstance(layers.rule_of(m), layers.Linear)]
+    return [m for m in every if id(m) in inside] if inside else [m for m in every if m not in head(model)]
+
+
+PLACES[":sublayers"] = sublayers
+PLACES[":feedforward-outputs"] = feedforward_outputs
+PLACES[":feedforward-norms"] = feedforward_norms
+PLACES[":feedforwards"] = feedforwards
+PLACES[":linears"] = linears
+
+
+def adapted(model: Model) -> list[nn.Module]:
+    """The modules that hold adapters already; where none does, the linear-like layers of the blocks."""
+    return [m for m in model.modules.values() if isinstance(m, Adapted) and m._modules[CHILD].sites] or linears(model)
+
+
+def trunk(model: Model) -> list[nn.Module]:
+    """The module that runs the one list of blocks, and the last thing of width d in it: the norm after the blocks, or the last block."""
+    lists = blocks(model)
+    if len(lists) != 1:
+        return []
+    path, holder = next(iter(lists.items()))
+    owner = model.at[path.rpartition(".")[0]]
+    last = every_block(model)[-1]
+    after = list(owner._modules.values())
+    after = after[after.index(holder) + 1 :] if holder in after else []
+    return [owner, next((m for m in after if is_norm(m)), last)]
+
+
+PLACES[":adapted"] = adapted
+PLACES[":trunk"] = trunk

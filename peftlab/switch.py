@@ -188,13 +188,15 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
 def _mergeable(model: nn.Module, found: list, names: str | Iterable[str] | None) -> list[str]:
     """The adapters to merge: those named, or every active one that changes weights."""
     chosen = which(model, names)
-    callers = {n for _, _, s in found for n in s.order for _, m in s.sites[n] if m.on == "module" or not m.defined()}
+    callers = {n: why for _, _, s in found for n in s.order for _, m in s.sites[n] if (why := m.unmergeable()) is not None}
     on = {n for _, _, s in found for n in s.active}
     if names is None:
-        return [n for n in chosen if n in on and n not in callers]
+        can = [n for n in chosen if n in on and n not in callers]
+        if can or not callers.keys() & on:
+            return can
     for n in chosen:
         if n in callers:
-            raise ValueError(f"{n!r} changes the call, not the weight, and cannot be merged")
+            raise ValueError(f"{n!r} {callers[n]}, and cannot be merged")
         if n not in on:
             raise ValueError(f"{n!r} is not active; activate it before merging")
     return chosen
@@ -283,7 +285,7 @@ def unload_ties(host: nn.Module, stack: Stack) -> list[str]:
 
 def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(parameter, value in its own dtype) with these adapters folded in; one tensor at a time."""
-    links = tuple(p for n in names for p in stack.sites[n] if p[1].defined() and not p[1].in_place)
+    links = tuple(p for n in names for p in stack.sites[n] if p[1].unmergeable() is None and not p[1].in_place)
     params = dict.fromkeys(s.param for s, m in links if m.has_weight())
     params |= dict.fromkeys(s.bias for s, m in links if changes_bias(s, m))
     for param in params:
@@ -408,9 +410,6 @@ def _take_off(model: nn.Module, chosen: list[str], restore: bool) -> None:
                     site.raw_tensor.requires_grad_(False)
             s.drop(n)
     refresh_alias_free(root)
-    for _, host, s in stacks(root):
-        if not s.sites and not s.alias:
-            swap_out(host)
     for _, m in list(walk(root)):
         holder = m._modules.get(SHARED)
         if holder is not None:
@@ -418,6 +417,9 @@ def _take_off(model: nn.Module, chosen: list[str], restore: bool) -> None:
                 holder._modules.pop(n, None)
             if not holder._modules:
                 del m._modules[SHARED]
+    for _, host, s in stacks(root):
+        if not s.sites and not s.alias and not s.fused and SHARED not in host._modules:
+            swap_out(host)
     for _, m, ledger in reversed(ledgers(root)):  # the innermost remembers the latest state
         for n in chosen:
             ledger.targets.pop(n, None)
@@ -460,9 +462,10 @@ def _tensors(model: nn.Module, values: object) -> dict[str, nn.Parameter]:
 def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Write a snapshot (or an average of snapshots) back, in place."""
     there = _tensors(model, values)
-    merged = sorted({n for _, _, s in stacks(model) for n in s.merged})
+    meant = {f"{path}.{k}": name for name, path, _, m in adapter_modules(bare(model)) for k, _ in m.named_parameters()}
+    merged = {n for _, _, s in stacks(model) for n in s.merged} & {meant[k] for k in values}
     if merged:
-        raise ValueError(f"{merged[0]!r} is merged: unmerge it before its tensors are overwritten")
+        raise ValueError(f"{min(merged)!r} is merged: unmerge it before its tensors are overwritten")
     for k, v in values.items():
         there[k].copy_(v)
 

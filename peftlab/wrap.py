@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from . import host as hosts
 from .calibrate import KEEP_BUFFERS, calibrate, observable
+from .containers import CONTAINERS
 from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
-from .layers import NeedsWeight
+from .layers import NeedsWeight, holds_codes, is_opaque_linear, outline
 from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, show
 from .registry import check_keywords, keywords, resolve
@@ -168,7 +169,8 @@ class _Request:
         wanted = {k for k, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         sites = self.sites if device != "meta" else [as_kind(s, Shape) for s in self.sites]
         with torch.no_grad(), hosts.on_device(device):
-            return build(sites, **{k: v for k, v in self.hypers[0].items() if k in wanted})
+            made = build(sites, **{k: v for k, v in self.hypers[0].items() if k in wanted})
+        return made if made is None else hosts.note_declared(made)
 
     def default_dtype(self, site: Site) -> torch.dtype:
         return self.dtype or torch.promote_types(torch.float32, site.dtype)
@@ -192,11 +194,12 @@ def _request(model, method, *, targets, exclude, layers, of, name, overrides, se
         raise TypeError(f"seed={seed!r}: a whole number")
     check_dtype(dtype)
     outside_disabled(model)
+    check_children(model)
     check_name(name)
     if name in names(model):
         raise ValueError(f"this model already has an adapter {name!r}; give another name= or unwrap(model, {name!r}) first")
     view = Model.of(model)
-    if not any(m._parameters or m._buffers for m in view.modules.values()):
+    if not any(m._parameters or m._buffers or is_opaque_linear(m) for m in view.modules.values()):
         raise ValueError(f"this {type(model).__name__} has no parameters: there is nothing to adapt")
     sites, counts = select(view, cls, label, targets, exclude, layers, of, split, layout, read)
     if cls.on != "module":
@@ -229,6 +232,14 @@ def check_name(name: object) -> None:
         raise ValueError(f"name={name!r} is reserved: modules have an attribute of that name")
 
 
+def check_children(model: nn.Module) -> None:
+    """The two child names that the library uses must be free."""
+    for path, m in walk(model):
+        for key, kind in ((CHILD, Stack), (SHARED, hosts.Shared)):
+            if key in m._modules and type(m._modules[key]) is not kind:
+                raise ValueError(f"{join(path, key)!r} is a {type(m._modules[key]).__name__} of the model's own, where peftlab keeps adapters: rename it")
+
+
 def check_dtype(dtype: object) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype!r}: a floating torch dtype such as torch.bfloat16")
@@ -255,7 +266,7 @@ def survey(model: nn.Module) -> tuple[list[tuple[str, nn.Module, Stack]], list[s
         if LEDGER in m.__dict__:
             asked.update(dict.fromkeys(m.__dict__[LEDGER].targets))
         stack = m._modules.get(CHILD)
-        if stack is not None:
+        if type(stack) is Stack:
             found.append((path, m, stack))
             there.update(stack.sites)
     return found, list(dict.fromkeys([*asked, *there]))
@@ -301,9 +312,9 @@ def plan_of(req: _Request) -> Plan:
                 Row(site.path, hosts.original_class(site.host).__name__, shape, n, size, {**defaults, **recipe.hyper}, "read" if site.read_only else "call")
             )
     shared = sum(b.numel() * b.element_size() for b in saved_tensors(recipes[0].common).values()) if recipes[0].common else 0
-    extra = sum(p.numel() for p in recipes[0].common.parameters()) if recipes[0].common else 0
+    extra = sum(p.numel() for p in hosts.trainable_parameters(recipes[0].common)) if recipes[0].common else 0
     given = tuple(sorted({k for h in req.hypers for k in h}))
-    total = sum(m._parameters[n].numel() for (m, n), *_ in req.model.owners.values())
+    total = sum(outline(m, n).numel() for (m, n), *_ in req.model.owners.values())
     return Plan(req.label, req.name, rows, req.counts, sum(r.trainable for r in rows) + extra, total, sum(r.bytes for r in rows) + shared, given)
 
 
@@ -314,7 +325,7 @@ def _count(method: Method, site: Site, dtype: torch.dtype) -> tuple[int, int]:
         return p.numel(), p.numel() * p.element_size()
     width = torch.empty(0, dtype=dtype).element_size()
     size = sum(t.numel() * (width if t.is_floating_point() else t.element_size()) for t in saved_tensors(method).values())
-    return sum(p.numel() for p in method.parameters()), size
+    return sum(p.numel() for p in hosts.trainable_parameters(method)), size
 
 
 @paused_gc()
@@ -332,14 +343,16 @@ def wrap(
         layers, of: indices of the blocks to stay in, and the list they index (needed where a model has several).
         name: the adapter's name; methods stack in the order of their wrapping.
         overrides: pattern -> options, for sites that differ; the most specific pattern wins.
-        data, loss: batches for starts that are computed from data, and `loss(model, batch)` where the model returns none.
+        data, loss: batches for starts that are computed from data, and `loss(model, batch)` where the model returns none. In a process
+            group every process calls `wrap` with its share of the batches, and all get the start of all of them.
         seed: start values depend on it, the adapter's name and the site's path alone; the global generators are not touched.
         dtype: of the adapter's tensors; float32 by default (float64 on a float64 base).
         tie: "share" or "untie", needed where a targeted tensor is tied to another.
         split: pattern -> {part: rows} names row blocks of fused projections, which targets can then mean.
         layout: pattern -> "oi" | "io" | "eoi" | "eio" states the orientation of raw 2-D and 3-D parameters.
         read: patterns of layers whose weight is read without their being called.
-        progress: called as progress(done, total, path) after each site's start, for starts that take long.
+        progress: called as progress(done, total, path) after each site's start, for starts that take long; and as
+            progress(batches, of how many or None, "data") after each batch, before the starts that are computed from data.
         **hyper: the method's own options.
 
     Raises:
@@ -356,7 +369,7 @@ def wrap(
         if any(m.needs_data for m in methods):
             if data is None:
                 raise ValueError(f"{req.label} computes its start from data: give data=, an iterable of batches")
-            calibrate(bare(model), list(zip(req.sites, methods, strict=True)), data, loss)
+            calibrate(bare(model), list(zip(req.sites, methods, strict=True)), data, loss, progress)
     attach(bare(model), req, methods)
     return model
 
@@ -389,6 +402,8 @@ def check_method(method: Method, site: Site, label: str) -> None:
     layer = hosts.original_class(site.host).__name__
     if site.rule.name == "opaque" and not method.opaque:
         raise ValueError(f"{label} needs the weight of {site.path!r}, a {layer} that only offers a call")
+    if method.in_place and holds_codes(site.host, site.param):
+        raise ValueError(f"{label} would train {site.path!r} in place, whose weight is quantised: codes cannot be trained")
     if method.needs_data == "inputs" and not observable(site):
         raise ValueError(f"{label} starts from the inputs of {site.path!r}, which a {layer} does not show; exclude it or choose another start")
 
@@ -435,14 +450,35 @@ def attach(model: nn.Module, req: _Request, methods: list[Method]) -> None:
                 hosts.follow(site)
             elif site.tied:
                 stack.untied.setdefault(site.param)
+    _unfuse(model, [s for s in req.sites if s.kind == "module"])
     common = methods[0].recipe.common
     if common is not None:
+        if next(common.parameters(), None) is not None:  # what is trained has the adapter's precision; a constant keeps its own
+            common.to(req.default_dtype(req.sites[0]))
         share(model, req.name, common, req.sites[0].device)
     ledger.targets[req.name] = req.asked
 
 
+def _unfuse(model: nn.Module, sites: list[Site]) -> None:
+    """Where a call is surrounded inside torch's encoder, its fused kernel must not run."""
+    kinds = tuple(kind for kind, _, _ in hosts.FUSED)
+    if not sites or not any(isinstance(m, kinds) for _, m in walk(model)):
+        return
+    parents = Model.of(model).parents
+    for site in sites:
+        above, todo = {}, [site.host]
+        while todo:
+            for p in parents.get(id(todo.pop()), ()):
+                if id(p) not in above:
+                    above[id(p)] = p
+                    todo.append(p)
+        hosts.unfuse(site, [m for m in above.values() if isinstance(m, kinds)])
+
+
 def share(model: nn.Module, name: str, common: nn.Module, device: torch.device) -> None:
     """Keep an adapter's shared module once, at the root."""
+    if isinstance(model, CONTAINERS):  # its class hides the child from those who iterate over it
+        hosts.swap_in(model, False, ())
     holder = model._modules.get(SHARED)
     if holder is None:
         holder = model._modules[SHARED] = hosts.Shared()
@@ -504,7 +540,7 @@ def set_trainable(model: nn.Module, wanted: str | Iterable[str] | None, flag: bo
             kept += mine
         found = kept
     for _, _, site, m in found:
-        for p in m.parameters():
+        for p in hosts.trainable_parameters(m):
             p.requires_grad_(flag)
         if site is not None and m.in_place:
             site.raw_tensor.requires_grad_(flag)

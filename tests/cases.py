@@ -125,6 +125,82 @@ class Two(nn.Module):
         return self.down(torch.nn.functional.gelu(self.up(x)))
 
 
+class Block(nn.Module):
+    """A transformer's block, hand-written: normalises first, returns a tuple."""
+
+    def __init__(self, dim: int = 8, heads: int = 2, inner: int = 12):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
+
+    def forward(self, h):
+        z = self.norm1(h)
+        q, k, v = (p(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.o(a.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.norm2(h)), a.mean()
+
+
+class Transformer(nn.Module):
+    """Blocks in a list, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 6)
+
+    def forward(self, x):
+        for b in self.blocks:
+            x = b(x)[0]
+        return self.head(x)
+
+
+class LM(nn.Module):
+    """A language model, hand-written: it takes ids and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok, self.pos = nn.Embedding(12, 8), nn.Embedding(9, 8)
+        self.blocks, self.norm, self.head = nn.ModuleList([Block(), Block()]), nn.LayerNorm(8), nn.Linear(8, 12)
+
+    def forward(self, ids):
+        h = self.tok(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device))
+        for b in self.blocks:
+            h = b(h)[0]
+        return self.head(self.norm(h))
+
+
+class Mapped(nn.Module):
+    """A block that takes its input by keyword and returns a transformers ModelOutput, as models of that library do."""
+
+    def __init__(self, dim: int = 6, inner: int = 10):
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, inner), nn.Linear(inner, dim)
+
+    def forward(self, *, hidden_states, scale: float = 1.0):
+        from transformers.modeling_outputs import BaseModelOutput
+
+        h = scale * self.down(torch.tanh(self.up(hidden_states)))
+        return BaseModelOutput(last_hidden_state=hidden_states + h, hidden_states=(hidden_states, h))
+
+
+class ByKeyword(Net):
+    def forward(self, x):
+        return self.layer(hidden_states=x, scale=0.5).last_hidden_state
+
+
+class Added(nn.Module):
+    """The end of BERT's sub-layers: a layer, the residual sum, a norm."""
+
+    def __init__(self, dim: int = 6, inner: int = 10):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(inner, dim), nn.LayerNorm(dim)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.norm(self.dense(hidden_states) + input_tensor)
+
+
 def conv1d_hf(n_out: int, n_in: int) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -217,6 +293,12 @@ CASES = {
     "tied_share": Case(Tied, ids, {"targets": "embed", "tie": "share"}),
     "tied_untie": Case(Tied, ids, {"targets": "embed", "tie": "untie"}),
     "two": Case(Two, x(2, 3, 4), {"targets": "*"}),
+    "block_tuple": Case(lambda: Net(Block()), x(2, 3, 8)),
+    "block_mapped": Case(lambda: ByKeyword(Mapped()), x(2, 3, 6)),
+    "block_added": Case(lambda: Net(Added()), lambda: (torch.randn(2, 3, 10), torch.randn(2, 3, 6))),
+    "attention_call": Case(lambda: Net(nn.MultiheadAttention(8, 2, batch_first=True)), qkv((8, 8, 8))),
+    "transformer": Case(lambda: Net(Transformer()), x(2, 4, 8), {}),
+    "lm": Case(lambda: Net(LM()), ids, {}),
 }
 
 
@@ -224,11 +306,29 @@ CASES = {
 
 ALL = frozenset(CASES)
 NORMS = frozenset({"layer_norm", "group_norm", "batch_norm"})
-MATRICES = ALL - NORMS  # everything with a matrix
+BLOCKS = frozenset({"block_tuple", "block_mapped", "block_added"})  # only a call is meant
+MATRICES = ALL - NORMS - BLOCKS  # everything with a matrix
 TABLES = frozenset(c for c in CASES if c.startswith(("embedding", "tied")))
 WHOLE = ALL - {"experts_one", "fused", "fused_heads", "fused_conv1d_hf"}  # a method on whole parameters has no parts
+ATTENDS = frozenset({"attention_call", "block_tuple", "encoder", "lm", "transformer"})  # runs attention through torch's function
+CALLS = BLOCKS | {
+    "attention_call",
+    "conv1d_hf",
+    "encoder",
+    "layer_norm",
+    "linear",
+    "linear_nobias",
+    "linear_own_forward",
+    "linear_own_init",
+    "lm",
+    "opaque",
+    "transformer",
+    "two",
+}  # a call whose features are its last dimension
 NO_BIAS = frozenset({"linear_nobias", "conv2d_depthwise", "conv_transpose3d", "attention_whole", "attention_nobias", "rnn", "raw", "raw_io"})
-SHOWN = frozenset(c for c in CASES if c.startswith(("linear", "fused")) or c in ("conv1d_hf", "opaque", "two"))  # the call's input is the matrix's
+SHOWN = frozenset(
+    c for c in CASES if c.startswith(("linear", "fused")) or c in ("attention_call", "conv1d_hf", "lm", "opaque", "transformer", "two")
+)  # the call's input is the matrix's
 
 
 @dataclass(frozen=True)
@@ -253,14 +353,26 @@ ROWS = {
     "full": row(WHOLE),
     "ia3": row(MATRICES),
     "l1": row(WHOLE),
+    "houlsby": row(CALLS | TABLES, dim=3),
     "lokr": row(MATRICES, r=1),
     "lora": row(MATRICES, r=2),
     "oft": row(MATRICES - TABLES),
+    "llama_adapter": row(ATTENDS, n=2),
+    "loreft": row(CALLS | TABLES, r=2),
+    "mola": row(SHOWN - {"attention_call", "linear_own_forward"}, r=2, experts=3),
     "olora": row(MATRICES - {"opaque"}, r=2),
+    "p_tuning": row(frozenset({"lm"}), n=2, dim=3),
+    "p_tuning_v2": row(ATTENDS, n=2),
+    "parallel": row(CALLS, dim=3),
+    "pfeiffer": row(CALLS | TABLES, dim=3),
+    "prefix_tuning": row(ATTENDS, n=2, dim=3),
+    "prompt_tuning": row(frozenset({"lm"}), n=2),
     "pissa": row(MATRICES - {"opaque"}, r=2),
     "sparse": row(WHOLE, n=2),
-    "tokens": row(TABLES, ids=[1, 3]),
+    "tokens": row(TABLES | {"lm"}, ids=[1, 3]),
+    "xlora": row(frozenset({"transformer"}), experts=2, r=2, train=True),
     "vera": row(MATRICES, r=4),
+    "vpt": row(ATTENDS - {"attention_call"}, n=2),
 }
 
 # Methods whose start is the base only up to rounding; every other one starts bit for bit.

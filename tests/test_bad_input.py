@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import safetensors.torch
@@ -1154,3 +1156,75 @@ def test_copies_of_files_load(good, tmp_path):
     assert report.adapters == ["first", "second"]
     assert not report.unconsumed
     assert not report.unfilled
+
+
+def test_layers_that_only_offer_a_call_are_something_to_adapt():
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    model = nn.Sequential(Linear(8, 8), nn.ReLU(), Linear(8, 4))
+    peftlab.wrap(model, "lora", r=2, targets=["0", "2"])
+    assert len(peftlab.report(model)) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), peftlab.view])
+def test_copies_refuse_what_the_original_refuses(copied):
+    model = nn.Sequential(cases.Packed(4, 4), nn.Linear(4, 4))
+    peftlab.wrap(model, "lora", r=2, targets="*")
+    for m in (model, copied(model)):
+        with pytest.raises(ValueError, match="only offers a call"):
+            peftlab.merge(m)
+        assert peftlab.check(m, torch.randn(2, 4)).ok
+
+
+def test_restoring_one_adapter_above_another_that_is_merged():
+    model = nn.Linear(4, 4)
+    peftlab.wrap(model, "lora", r=2, name="style")
+    model.peftlab.style.B.data.normal_()
+    peftlab.merge(model, "style")
+    peftlab.wrap(model, "lora", r=2, name="task")
+    kept = peftlab.snapshot(model, "task")
+    model.peftlab.task.B.data.normal_()
+    peftlab.restore(model, kept)
+    assert not model.peftlab.task.B.any()
+    with pytest.raises(ValueError, match="'style' is merged"):
+        peftlab.restore(model, peftlab.snapshot(model, "style"))
+
+
+def test_a_frozen_call_without_a_backward_is_not_silent():
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    model, x = nn.Sequential(Linear(8, 8), Linear(8, 8), nn.LayerNorm(8)), torch.randn(3, 8)
+    peftlab.wrap(model, "lora", r=2, targets=["0", "1"])
+    with pytest.raises(RuntimeError, match="Linear has no backward"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    peftlab.freeze(model, targets="0")
+    model(x)[0, 0].backward()
+    assert model[1].peftlab.default.B.grad is not None
+    assert model[0].peftlab.default.B.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_merging_between_a_checkpointed_forward_and_its_backward_is_refused(reentrant, first):
+    below, layer = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.ModuleList([below, layer])
+    peftlab.wrap(model, "lora", r=2, targets="*")
+    layer.peftlab.default.B.data.fill_(0.3)
+    if first:
+        peftlab.merge(layer)
+    y = torch.utils.checkpoint.checkpoint(lambda t: layer(t).tanh(), below(torch.randn(3, 4)), use_reentrant=reentrant)
+    (peftlab.unmerge if first else peftlab.merge)(layer)
+    with pytest.raises(RuntimeError, match="merged or unmerged between|modified by an inplace"):
+        y.square().sum().backward()
+
+
+def test_loading_into_a_meta_model_is_refused(tmp_path):
+    model = peftlab.wrap(nn.Linear(4, 4), "lora", r=2)
+    peftlab.save(model, tmp_path / "a.safetensors")
+    with torch.device("meta"):
+        bare = nn.Linear(4, 4)
+    with pytest.raises(LoadError, match="meta device"):
+        peftlab.load(bare, tmp_path / "a.safetensors")
+    assert type(bare) is nn.Linear

@@ -82,9 +82,14 @@ def law_of_definitions(test):
     return law(test, lambda cls, case: cls.defined())
 
 
+def law_of_starts(test):
+    """For methods whose start is the base."""
+    return law(test, lambda cls, case: cls.neutral)
+
+
 def law_of_dropout(test):
-    """For methods with a dropout."""
-    return law(test, lambda cls, case: "dropout" in registry.keywords(cls))
+    """For methods with a dropout on a branch beside the frozen one."""
+    return law(test, lambda cls, case: cls.neutral and "dropout" in registry.keywords(cls))
 
 
 def law_once(test):
@@ -262,6 +267,13 @@ def reference(model: nn.Module, base: nn.Module, names=None, detach: bool = Fals
     return twin
 
 
+def exact(model: nn.Module, base: nn.Module) -> nn.Module:
+    """The reference in float64; where a method surrounds the call there is no equation on tensors, and its own float64 run is the measure."""
+    if all(m.defined() for _, _, stack in stacks(model) for n in stack.order for _, m in stack.sites[n]):
+        return reference(copy.deepcopy(model).double(), copy.deepcopy(base).double())
+    return copy.deepcopy(model).double()
+
+
 def gradients(model: nn.Module, x: tuple[Tensor, ...], wanted: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The output, and the gradients of a fixed random functional of it with respect to `wanted` and the inputs."""
     x = tuple(t.clone().requires_grad_() if t.is_floating_point() else t for t in x)
@@ -343,7 +355,7 @@ def test_law_00_wrap_does_what_plan_says(method, case):
 # ---------------------------------------------------------------- 1. the start
 
 
-@law
+@law_of_starts
 def test_law_01_start_is_the_base(method, case):
     base, model, x = subject(method, case)
     for training in (True, False):
@@ -351,7 +363,7 @@ def test_law_01_start_is_the_base(method, case):
         torch.testing.assert_close(model(*x), base(*x), **TIGHT)
 
 
-@law
+@law_of_starts
 def test_law_01_start_is_the_base_bit_for_bit(method, case):
     """In the precisions that people train in. A method that cannot is named in ROUNDED_START, and only stays close."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -405,7 +417,7 @@ def test_law_02_dropout_is_the_adapters_alone(method, case):
     model.eval()
     base.eval()
     torch.testing.assert_close(model(*x), reference(model, base, detach=True)(*x), **TIGHT)
-    surrounded = any(not s.read_only and s.rows is None and x[0].is_floating_point() for s, _ in sites(model))
+    surrounded = any(not s.read_only and x[0].is_floating_point() for s, _ in sites(model))
     assert torch.equal(*noisy) is not surrounded, "dropout needs the call: layers that are read, and token ids, have none"
     if not surrounded:
         torch.testing.assert_close(noisy[0], wanted, **TIGHT)
@@ -578,7 +590,7 @@ def formula(method: str, model: nn.Module) -> Fraction:
         hyper = {k: p.default for k, p in registry.keywords(cls).items()} | m.recipe.hyper
         facts = dict(
             n_out=site.n_out, n_in=site.n_in, shape=site.shape, numel=math.prod(site.shape), has_bias=site.has_bias,
-            sites=Fraction(len(pairs)), min=min, max=max,
+            sites=Fraction(len(pairs)), site=site, min=min, max=max,
         )  # fmt: skip
         total += Fraction(eval(entry.trains, vars(sys.modules[cls.__module__]) | hyper | facts))
     return total
@@ -719,13 +731,13 @@ def test_law_07_keys_come_from_structure(method, case, tmp_path):
     class Lookalike(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = build(case).layer
+            self.inner = build(case)
             self.register_buffer("lora_A", torch.ones(2, dtype=torch.float64))
             self.default = nn.Linear(2, 2).double()
             self.lora_B = nn.Linear(2, 2).double()
 
         def forward(self, *x):
-            return Net.forward(self, *x)
+            return self.inner(*x)
 
     torch.manual_seed(0)
     base = Lookalike()
@@ -829,7 +841,8 @@ def test_law_09_two_names_of_one_method(method, case):
     peftlab.unwrap(model, "b")
     torch.testing.assert_close(model(*x), a, **TIGHT)
     wrap(model, method, case, name="b")  # made anew, at its start
-    torch.testing.assert_close(model(*x), a, **TIGHT)
+    if class_of(method).neutral:
+        torch.testing.assert_close(model(*x), a, **TIGHT)
 
 
 @law
@@ -939,8 +952,7 @@ def test_law_10_low_precision_base(method, case, low):
     assert y.dtype == base(*x).dtype
     loss_of(model, x).backward()
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in own(model).values())
-    exact = reference(copy.deepcopy(model).double(), copy.deepcopy(base).double())
-    wanted = exact(*(t.double() if t.is_floating_point() else t for t in x))
+    wanted = exact(model, base)(*(t.double() if t.is_floating_point() else t for t in x))
     assert_near(y, wanted, dtype)
     model.eval()
     y = model(*x)
@@ -984,12 +996,12 @@ def test_law_10_autocast(method, case):
     if not runs(lambda: mixed(base).float().sum().backward()):
         pytest.skip("torch cannot autocast this layer on this device")
     model = wrap(copy.deepcopy(base), method, case, dtype=None)
-    if method not in ROUNDED_START:
+    if method not in ROUNDED_START and class_of(method).neutral:
         assert_bits(mixed(model), mixed(base))
     perturb(model)
     y = mixed(model)
     assert y.dtype == mixed(base).dtype
-    assert_near(y, reference(model, base)(*x), torch.bfloat16)
+    assert_near(y, exact(model, base)(*(t.double() if t.is_floating_point() else t for t in x)), torch.bfloat16)
     y.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in own(model).values())
 

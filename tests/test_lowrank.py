@@ -174,6 +174,70 @@ def test_degenerate_matrices(W):
         assert math.isfinite(error.floor)
 
 
+@pytest.mark.parametrize("kind", ["noise", "power"])
+def test_randomised_is_as_accurate_as_sixteen_rounds_of_subspace_iteration(kind):
+    """HF peft's pissa_niter_16 is torch.svd_lowrank with as many columns as the rank."""
+    n, r = 600, 16
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(n, n, generator=g) if kind == "noise" else with_spectrum(n, n, 1 / torch.arange(1, n + 1).double().sqrt(), dtype=torch.float32)
+    best = optimum(W, r)
+    theirs = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        U, S, V = torch.svd_lowrank(W, r, niter=16)
+        theirs.append((W.double() - ((U * S) @ V.T).double()).norm().item() / best - 1)
+    ours = check_randomised(W, r)[0].residual / best - 1
+    assert ours <= min(theirs)
+
+
+@pytest.mark.parametrize("power", [-60, -18, 0, 18, 60])
+@pytest.mark.parametrize("svd", [lowrank.randomized_svd, lowrank.exact_svd], ids=["randomised", "exact"])
+def test_huge_and_tiny_entries_are_decomposed_as_well(svd, power):
+    """Squares of 1e-60 and 1e60 exist in no float32, nor those of 1e18 and 1e-18 in sums."""
+    W = with_spectrum(40, 30, spectrum("power", 30)).to(torch.float32 if abs(power) < 30 else torch.float64)
+    plain, scaled = svd(W, 4), svd(W * 10.0**power, 4)
+    for now, before in zip(scaled[:3], plain[:3]):
+        assert torch.isfinite(now).all()
+        assert now.dtype == before.dtype
+    torch.testing.assert_close(scaled.S.double() / 10.0**power, plain.S.double(), rtol=1e-5, atol=1e-12)
+    assert scaled.error.residual / 10.0**power == pytest.approx(plain.error.residual, rel=1e-5)
+    assert 0 < scaled.error.floor / 10.0**power <= optimum(W, 4) * (1 + 1e-6)
+    product = (scaled.U.double() * scaled.S.double()) @ scaled.Vh.double()
+    assert (W.double() - product / 10.0**power).norm().item() == pytest.approx(plain.error.residual, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18])
+def test_start_of_a_huge_or_tiny_weight(size):
+    model = nn.Sequential(nn.Linear(40, 30, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(with_spectrum(30, 40, spectrum("power", 30)) * size)
+    W = model[0].weight.detach().double()
+    peftlab.wrap(model, "pissa", targets="0", r=4, alpha=4)
+    t = own(model[0])
+    left = (W - outer_sum(t["B0"], t["A0"]).double()).norm().item()
+    assert left == pytest.approx(optimum(W, 4), rel=1e-3)
+    assert model[0].peftlab.default.start_error == pytest.approx(left, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("init", ["pissa", "pissa_exact"])
+def test_a_weight_that_is_not_finite_is_refused(init, bad):
+    model = nn.Sequential(nn.Linear(6, 5))
+    with torch.no_grad():
+        model[0].weight[2, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        peftlab.wrap(model, "lora", init=init, targets="0", r=2)
+    assert type(model[0]) is nn.Linear
+
+
+def test_columns_stay_orthonormal_where_the_krylov_space_ends_early():
+    for W in (*DEGENERATE.values(), of_rank(30, 20, 3, 0).float(), torch.diag(torch.tensor([1.0, 1e-20, 0, 0, 0]))):
+        Q, P = lowrank.krylov(W, 2)
+        assert Q.shape[1] <= min(W.shape)
+        torch.testing.assert_close(Q.T @ Q, torch.eye(Q.shape[1]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(P, W.T @ Q, rtol=0, atol=1e-5 * float(W.norm()))
+
+
 def test_nothing_is_drawn_from_the_global_generator():
     W = with_spectrum(50, 30, spectrum("power", 30))
     torch.manual_seed(1)

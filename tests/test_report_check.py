@@ -221,7 +221,7 @@ def test_promise_59_report_says_where_the_fast_path_is_not_taken_and_why():
     class All(nn.Module):
         def __init__(self):
             super().__init__()
-            self.plain, self.both = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.plain, self.both, self.conv = nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv1d(8, 8, 3)
             self.scaled = type("Scaled", (nn.Linear,), {"forward": lambda m, x: 2 * F.linear(x, m.weight)})(8, 8)
             self.attn, self.rnn = nn.MultiheadAttention(8, 2), nn.GRU(8, 8)
             self.matrix = nn.Parameter(torch.randn(8, 8))
@@ -230,7 +230,7 @@ def test_promise_59_report_says_where_the_fast_path_is_not_taken_and_why():
 
     model = All()
     peftlab.wrap(model, "lora", r=2, targets=["plain", "scaled", "attn", "out_proj", "rnn.weight_ih_l0", "matrix", "tied_a"], tie="share")
-    peftlab.wrap(model, "lora", r=2, targets=["x"], split={"both": {"x": 4, "y": 4}}, name="part")
+    peftlab.wrap(model, "lora", r=2, targets=["x"], split={"{both,conv}": {"x": 4, "y": 4}}, name="part")
     mode = {r.path: r.mode for r in peftlab.report(model)}
     assert mode["plain"] == "call"
     assert "Scaled has a forward" in mode["scaled"]
@@ -240,7 +240,8 @@ def test_promise_59_report_says_where_the_fast_path_is_not_taken_and_why():
     assert "recurrent" in mode["rnn.weight_ih_l0"]
     assert "raw parameter" in mode["matrix"]
     assert "tied" in mode["tied_a"]
-    assert mode["both.x"] == "call (dense: a part of the weight is adapted)"
+    assert mode["both.x"] == "call"
+    assert mode["conv.x"] == "call (dense: a part of the weight is adapted)"
 
 
 def test_promise_59_read_by_hand_and_definition_only_say_so():

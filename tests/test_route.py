@@ -206,3 +206,32 @@ def test_a_refused_module_method_names_itself():
         pass
     with peftlab.route(model, [None, None]):
         model(torch.randn(2, 6).double())
+
+
+def test_a_module_that_runs_once_a_group_is_refused_what_it_would_write_to():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.eye(4))
+
+        def forward(self, x, cache=None):
+            if cache is not None:
+                cache["seen"] = cache.get("seen", 0) + 1
+            return x @ self.table
+
+    model = nn.Module()
+    model.mixer = Mixer()
+    moved(model, "a", method="full", targets="table")
+    with peftlab.route(model, ["a", None]):
+        model.mixer(torch.randn(2, 4))
+        with pytest.raises(ValueError, match="dict, which every run would write to"):
+            model.mixer(torch.randn(2, 4), cache={})
+
+
+@pytest.mark.parametrize("names", [["a", None, "b", "a"], ["a", "a", "b", "b"]])
+def test_a_routed_batch_compiles_without_breaks(names):
+    model, x = moved(net(), "a", "b"), torch.randn(4, 6).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    with peftlab.route(compiled, names):
+        torch.testing.assert_close(compiled(x), model(x))

@@ -685,3 +685,101 @@ def test_promise_56_bad_values_raise_by_name(bad):
     model = peftlab.wrap(net(), "lora", r=2)
     with pytest.raises(ValueError, match=next(iter(bad))):
         peftlab.param_groups(model, **{"lr": 0.01, **bad})
+
+
+# ---------------------------------------------------------------- the guard against a forgotten schedule
+
+
+@adalora
+def test_promise_27_accumulated_gradients_are_no_steps_for_the_guard():
+    """60 backward passes for 10 steps are no run without a schedule; neither are gradients that nobody steps with."""
+    model = peftlab.wrap(net(), "adalora", r=1, init_r=3, targets="layers.*")
+    optimizer = torch.optim.AdamW(trained(model), lr=0.02)
+    for i in range(60):
+        loss_of(model, i).backward()
+        if i % 6 == 5:
+            optimizer.step()
+            optimizer.zero_grad()
+    for i in range(40):
+        optimizer.zero_grad()
+        loss_of(model, i).backward()
+    with pytest.raises(RuntimeError, match="20 steps without its schedule"):
+        run(model, optimizer, 1, 25)
+
+
+class ByData(torch.optim.Optimizer):
+    """Writes through `.data`, as many optimizers outside torch do: version counters do not see it."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad.data, alpha=0.1)
+
+
+@pytest.mark.parametrize("make", [ByData, lambda ps: torch.optim.SGD(ps, lr=0.1, foreach=True), lambda ps: torch.optim.AdamW(ps, lr=0.01, fused=True)])
+@pytest.mark.parametrize("name", ["adalora", "l1"])
+def test_promise_27_the_guard_counts_the_steps_of_every_optimizer(name, make):
+    if name not in entries():
+        pytest.skip(name)
+    model = peftlab.wrap(net(dim=16), name, targets="layers.*.weight" if name == "l1" else "layers.*")
+    with pytest.raises(RuntimeError, match="20 steps without its schedule"):
+        run(model, make(trained(model)), 1, 25)
+
+
+# ---------------------------------------------------------------- what a method declared frozen stays frozen
+
+
+class Half(Method):
+    """A frozen random matrix that is a Parameter, as some authors write it, beside a trained one."""
+
+    def __init__(self, base: Base, *, r: int = 2):
+        super().__init__(base)
+        self.A = nn.Parameter(torch.randn(r, base.n_in), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(base.n_out, r))
+
+    @classmethod
+    def shared(cls, sites, *, r: int = 2):
+        both = nn.Module()
+        both.S = nn.Parameter(torch.randn(r), requires_grad=False)
+        both.T = nn.Parameter(torch.ones(r))
+        return both
+
+    def weight(self, W):
+        return W + (self.B * self.common.S * self.common.T) @ self.A
+
+
+def flags(model) -> dict[str, bool]:
+    return {k.rpartition(".")[2]: p.requires_grad for k, p in model.named_parameters() if "peftlab" in k}
+
+
+@pytest.mark.parametrize("trainable", [None, True, False])
+def test_frozen_tensors_of_a_method_stay_frozen(trainable, tmp_path):
+    ours, none = {"A": False, "B": True, "S": False, "T": True}, dict.fromkeys("ABST", False)
+    model = peftlab.wrap(net(), Half, targets="layers.*")
+    assert flags(model) == ours
+    peftlab.freeze(model)
+    assert flags(model) == none
+    for again in (peftlab.unfreeze, lambda m: peftlab.train_only(m, "default"), lambda m: peftlab.unfreeze(copy.deepcopy(m)) or peftlab.unfreeze(m)):
+        peftlab.freeze(model)
+        again(model)
+        assert flags(model) == ours
+    peftlab.freeze(model)
+    peftlab.save(model, tmp_path / "a.safetensors")
+    fresh = net()
+    peftlab.load(fresh, tmp_path / "a.safetensors", trainable=trainable)
+    assert flags(fresh) == (none if trainable is False else ours)
+    assert flags(model) == none
+    peftlab.load(model, tmp_path / "a.safetensors", trainable=trainable)  # over what is there
+    assert flags(model) == (ours if trainable else none)
+    x, _ = batch(0)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_plan_counts_what_trains():
+    model = net()
+    plan = peftlab.plan(model, Half, targets="layers.*")
+    peftlab.wrap(model, Half, targets="layers.*")
+    assert plan.trainable == sum(p.numel() for p in trained(model))

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from .. import host as hosts
 from .. import layers
-from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, changes_bias, fenced_rng, paused_gc, pristine, saved_tensors, stacks, walk
+from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, changes_bias, fenced_rng, frozen, paused_gc, pristine, saved_tensors, stacks, walk
 from ..method import Method
 from ..patterns import as_list, did_you_mean, matches, nearest, show
 from ..registry import entries, keywords, resolve
 from ..sites import Model, ensure_module, join, storage
+from ..sublayers import widths
 from ..switch import _changed_buffers
 from ..wrap import _Request, adapter_modules, attach, check_dtype, check_name, finish, ledgers, names, outside_disabled, samples, set_trainable, which
 from .file import LoadError, encode, on_disk, read, read_header, write
@@ -165,12 +166,15 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
                 entry["trainable"] = entry.get("trainable", False) or trainable
                 entry["sites"].append(_site_facts(host_path, site, index, stack))
                 values = not (method.replaces or site.rule is layers.OPAQUE)
+                for key, raw in _surrounded(host_path, host) if site.kind == "module" else ():
+                    if key not in base:
+                        base[key] = fingerprint(raw, values and raw.is_floating_point())
                 for param in dict.fromkeys(p for p in (site.param, site.bias if changes_bias(site, method) else None) if p):
                     key = join(host_path, param)
                     if param not in host._parameters:
                         continue  # a layer that computes its weight: nothing to compare with
                     if key not in base or (values and "values" not in base[key]):
-                        base[key] = fingerprint(pristine(host, param), values)
+                        base[key] = fingerprint(frozen(host, param), values)
     for path, m in walk(root):
         holder = m._modules.get(SHARED)
         for name in chosen if holder is not None else ():
@@ -187,6 +191,12 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
         put(key, t, None)
     header = {"peftlab": __version__, "adapters": list(adapters.values()), "base": base, "buffers": list(buffers), "included": list(included)}
     return header, tensors, owner
+
+
+def _surrounded(host_path: str, host: nn.Module) -> list[tuple[str, Tensor]]:
+    """(path, frozen tensor) of the first and the last parameters of a module whose call is surrounded: what its fingerprint is taken of."""
+    there = [(join(host_path, path, n), frozen(m, n)) for path, m in walk(host) for n, p in m._parameters.items() if p is not None]
+    return list(dict([*there[:2], *there[-2:]]).items())
 
 
 def _settings(recipe: Recipe) -> dict:
@@ -326,6 +336,9 @@ def load(
     unfilled = sorted(k for job in jobs for k in job.unfilled)
     if strict and (unconsumed or unfilled):
         raise LoadError(_mismatch(unconsumed, unfilled))
+    unreal = next((site.path for job in jobs for site in job.req.sites if site.device.type == "meta"), None)
+    if unreal is not None:
+        raise LoadError(f"{unreal!r} is on the meta device, where a file's values would be lost: give the model its tensors first, then load")
     # Only now, with everything checked, is the model touched.
     report = LoadReport(str(path), list(renamed.values()), False, len(used), unconsumed, unfilled)
     for job in jobs:
@@ -341,14 +354,15 @@ def load(
 def _check_base(root: nn.Module, header: dict, adapters: list[dict]) -> None:
     params = {join(path, n): (m, n) for path, m in walk(root) for n, p in m._parameters.items() if p is not None}
     needed = {join(s["host"], p) for a in adapters for s in a["sites"] for p in (s.get("param"), s.get("bias")) if p}
+    below = [f"{s['host']}." if s["host"] else "" for a in adapters for s in a["sites"] if s["kind"] == "module"]
     for key, saved in header["base"].items():
-        if key not in needed:
+        if key not in needed and not any(key.startswith(b) for b in below):
             continue
         if key not in params:
             raise LoadError(f"the adapter was trained on {key!r}, which this model does not have.{did_you_mean(key, params)}")
         host, n = params[key]
         packed = n == "weight" and layers.is_opaque_linear(host)
-        wrong = None if packed else _differs(key, saved, pristine(host, n))
+        wrong = None if packed else _differs(key, saved, frozen(host, n))
         if wrong:
             raise LoadError(f"this is not the base that the adapter was trained on: {wrong}. allow_base_mismatch=True loads it all the same.")
 
@@ -480,7 +494,7 @@ def _sites(view: Model, entry: dict) -> list[Site]:
         if m is None:
             raise LoadError(f"the adapter {entry['name']!r} sits at {s['host']!r}, which this model does not have.{did_you_mean(s['host'], by_path)}")
         param = s.get("param")
-        raw = m._parameters.get(param) if param else None
+        raw = layers.outline(m, param) if param else None
         rule = layers.rule_of(m) if s["rule"] != "matrix" else layers.MATRIX
         if param and (rule is None or (raw is None and rule is not layers.OPAQUE)):
             raise LoadError(f"{join(s['host'], param)!r}, which the adapter changes, is not in this model; a {type(m).__name__} is there")
@@ -494,15 +508,15 @@ def _sites(view: Model, entry: dict) -> list[Site]:
             site.read_only = True
         if s.get("tie"):
             site.shared = s["tie"] == "share"
-            site.tied = tuple(o for o in view.owners.get(storage(raw), ()) if o[0] is not m)
+            site.tied = tuple(o for o in view.owners.get(storage(m._parameters[param]), ()) if o[0] is not m)
         out.append(site)
     return out
 
 
 def _check_size(site: Site, raw: Tensor | None) -> None:
     if site.kind == "module":
-        return
-    if site.kind == "tensor":
+        there, wanted = widths(site.host)[::-1], (site.n_out, site.n_in)
+    elif site.kind == "tensor":
         there, wanted = tuple(raw.shape), site.shape
     elif site.rule is layers.OPAQUE:
         there, wanted = layers.features(site.host, site.rule, raw), (site.n_out, site.n_in)
@@ -547,7 +561,7 @@ def _fill(module: nn.Module, prefix: str, mine: dict, used: set, missing: list, 
                 used.add(key)
                 # A copy of its own: the reader's memory is aligned otherwise, which changes the last bits of vectorised sums.
                 value = value.to(device, dtype if dtype and value.is_floating_point() else value.dtype, copy=True)
-                table[k] = nn.Parameter(value, requires_grad=value.is_floating_point()) if is_param else value
+                table[k] = nn.Parameter(value, requires_grad=t.requires_grad) if is_param else value
 
 
 def _refill(root: nn.Module, req: _Request, entry: dict, mine: dict) -> _Job:

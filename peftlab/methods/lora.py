@@ -2,19 +2,24 @@
 
     W' = W + s (B A - B0 A0)        A (r, n_in), B (n_out, r), s = alpha / r, or alpha / sqrt(r) if rank_stabilized
 
-B = 0 at the start and there is no A0, B0, except for the starts that are taken from the weight (pissa, pissa_exact, olora): these
-begin at A = A0, B = B0 and keep the frozen A0, B0 beside the trained factors, so that the base is never edited. bias=True also trains
-b' = b + d. init: kaiming | gaussian (standard deviation 1 / r) | orthogonal | pissa | pissa_exact | olora | eva (from data). On an
-embedding kaiming and gaussian start at A = 0, B ~ N(0, 1), so that tokens which never occur keep their vectors.
+B = 0 at the start and there is no A0, B0, except for the starts with a product of their own (pissa, pissa_exact, olora, corda,
+corda_kpm, lora_ga): these begin at A = A0, B = B0 and keep the frozen A0, B0 beside the trained factors, so that the base is never
+edited. bias=True also trains b' = b + d. init: kaiming | gaussian (standard deviation 1 / r) | orthogonal; from the weight: pissa |
+pissa_exact | olora; from data: eva (principal inputs) | corda, corda_kpm (the part of W that the inputs need most, least) | lora_ga
+(the gradient). On an embedding kaiming and gaussian start at A = 0, B ~ N(0, 1), so that tokens which never occur keep their vectors.
+While data are read, eva keeps (r + 10) * n_in numbers a site, corda n_in * n_in, lora_ga n_in * n_out, the latter two on the CPU.
 
 Trains: r * (n_in + n_out) + bias * n_out
-Structure: rank(W' - W) <= r, or <= 2 r for the starts taken from the weight
+Structure: rank(W' - W) <= r, or <= 2 r for the starts with A0, B0
 Family: low rank
 Paper: Hu et al. 2021, arXiv 2106.09685, eq. 3. Scale: Kalajdzievski 2023, arXiv 2312.03732. Starts: PiSSA, Meng et al. 2024,
-    arXiv 2404.02948, eq. 2-4; OLoRA, Buyukakyuz 2024, arXiv 2406.01775; EVA, Paischer et al. 2024, arXiv 2410.07170
-Aliases: rslora = dict(rank_stabilized=True); pissa = dict(init="pissa"); olora = dict(init="olora"); eva = dict(init="eva")
+    arXiv 2404.02948; OLoRA, Buyukakyuz 2024, arXiv 2406.01775; EVA, Paischer et al. 2024, arXiv 2410.07170; CorDA, Yang et al. 2024,
+    arXiv 2406.05223; LoRA-GA, Wang et al. 2024, arXiv 2407.05000
+Aliases: rslora = dict(rank_stabilized=True); pissa = dict(init="pissa"); olora = dict(init="olora"); eva = dict(init="eva");
+    corda = dict(init="corda"); lora_ga = dict(init="lora_ga")
 Differs: pissa uses a randomised SVD and reports its error (start_error, start_floor), pissa_exact the full one. eva keeps the same
-    rank at every site (rho = 1). The base is never edited, where the authors of PiSSA and OLoRA subtract s B0 A0 from it.
+    rank at every site (rho = 1). corda's covariance is that of all rows, scaled to a mean diagonal of 1; the authors divide every
+    batch by its largest entry. The base is never edited, where the authors of PiSSA, OLoRA, CorDA and LoRA-GA subtract s B0 A0 from it.
 """
 
 from __future__ import annotations
@@ -24,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Base, Method, finite, positive_int, unit_interval
-from ..parts import lowrank
+from ..parts import fromdata, lowrank
 
-INITS = ("kaiming", "gaussian", "orthogonal", *lowrank.STARTS, "eva")
+INITS = ("kaiming", "gaussian", "orthogonal", *lowrank.STARTS, *fromdata.STARTS)
 
 
 class LoRA(Method):
@@ -50,14 +55,17 @@ class LoRA(Method):
         self.A = nn.Parameter(torch.zeros(r, base.n_in))
         self.B = nn.Parameter(torch.zeros(base.n_out, r))
         self.d = nn.Parameter(torch.zeros(base.n_out)) if bias else None
-        from_weight = init in lowrank.STARTS
-        self.opaque = not from_weight
-        self.register_buffer("A0", torch.zeros(r, base.n_in) if from_weight else None)
-        self.register_buffer("B0", torch.zeros(base.n_out, r) if from_weight else None)
-        self.needs_data, self._seen = "inputs" if init == "eva" else None, None
+        self.data, self.seen = fromdata.STARTS.get(init), None
+        self.needs_data = self.data and self.data.needs
+        filled = self.data.filled if self.data else init in lowrank.STARTS
+        self.opaque = not filled
+        self.register_buffer("A0", torch.zeros(r, base.n_in) if filled else None)
+        self.register_buffer("B0", torch.zeros(base.n_out, r) if filled else None)
+        if self.needs_data == "gradients" and 2 * r > min(base.n_in, base.n_out):
+            raise ValueError(f"r={r} at {base.path!r}: init={init!r} takes 2 r directions of the gradient, of which there are {min(base.n_in, base.n_out)}")
         if self.A.is_meta:
             return
-        if from_weight:
+        if init in lowrank.STARTS:
             A, B, error = lowrank.start(init, base.weight, r, self.s)
             self.start_error, self.start_floor = error or (None, None)
             self.A0.copy_(A)
@@ -87,12 +95,16 @@ class LoRA(Method):
         y = base.plus(x, B, self.s * base.apply(A, z))
         return y if self.d is None else base.shift(self.d, y)
 
-    def observe(self, base: Base, x: Tensor) -> None:
-        if self.needs_data:
-            self._seen = lowrank.observe_rows(self._seen, x, self.r)
+    def observe(self, base: Base, value: Tensor) -> None:
+        self.seen = self.data.keep(self.seen, value, self.r)
+
+    def pool(self, states: list) -> None:
+        self.seen = fromdata.pooled(states)
 
     @torch.no_grad()
     def calibrated(self, base: Base) -> None:
-        if self.needs_data:
-            self.A.copy_(lowrank.directions(self._seen, self.r, base.path))
-            self._seen, self.needs_data = None, None
+        A, B = self.data.factors(self.seen, base.weight if self.data.filled else None, self.r, self.s, base.path)
+        for kept, value in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
+            if kept is not None and value is not None:
+                kept.copy_(value)
+        self.seen, self.needs_data = None, None

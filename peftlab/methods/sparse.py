@@ -47,7 +47,7 @@ class Sparse(Method):
         self.v = nn.Parameter(torch.zeros(n))
         index = torch.arange(n, dtype=masks.index_dtype(numel))
         self.register_buffer("index", index, persistent=select != "random")
-        self._squares = None
+        self.seen = None
         if not self.v.is_meta and select == "magnitude":
             self.index.copy_(masks.largest(base.weight.abs(), n))
         elif not self.v.is_meta and select == "random":
@@ -56,17 +56,14 @@ class Sparse(Method):
     def weight(self, W: Tensor) -> Tensor:
         return masks.scatter_into(W, self.index, self.v)
 
-    def observe_grad(self, base: Base, G: Tensor) -> None:
-        if self.needs_data != "gradients":
-            return
-        squares = G.detach().float().square()
-        self._squares = squares if self._squares is None else self._squares.add_(squares)
+    def observe(self, base: Base, G: Tensor) -> None:
+        squares = G.float().square().cpu()
+        self.seen = squares if self.seen is None else self.seen.add_(squares)
+
+    def pool(self, states: list[Tensor]) -> None:
+        self.seen = sum(states) if states else None
 
     @torch.no_grad()
     def calibrated(self, base: Base) -> None:
-        if self.needs_data != "gradients":
-            return
-        if self._squares is None:
-            raise ValueError(f"select='fisher' at {base.path!r}: no batch gave this tensor a gradient")
-        self.index.copy_(masks.largest(self._squares, len(self.index)))
-        self._squares, self.needs_data = None, None
+        self.index.copy_(masks.largest(self.seen, len(self.index)))
+        self.seen, self.needs_data = None, None

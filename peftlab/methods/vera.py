@@ -47,15 +47,19 @@ class VeRA(Method):
         pair.register_buffer("B", drawn(max(s.n_out for s in sites), r, 2 * seed + 1), persistent=False)
         return pair
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """B (n_out, r) with both vectors and scales in it, and A (r, n_in)."""
+    def frozen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """B (n_out, r) and A (r, n_in) with unit variance, and d with both of their scales in it."""
         A, B = self.common.A[: self.n_in, : self.r].to(self.d).mT, self.common.B[: self.n_out, : self.r].to(self.d)
-        return self.b[:, None] * B * (self.d * (2 / (self.n_in * self.r) ** 0.5)), A
+        return B, A, self.d * (2 / (self.n_in * self.r) ** 0.5)
 
     def weight(self, W: Tensor) -> Tensor:
-        B, A = self.factors()
-        return W + B @ A
+        B, A, d = self.frozen()
+        return W + (self.b[:, None] * B * d) @ A
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        B, A = self.factors()
-        return base.plus(x, B, base.apply(A, x))
+        B, A, d = self.frozen()
+        z = base.mix(B, base.scale(d, base.apply(A, x)))
+        y = base(x)
+        if base.pointwise and y.dtype == z.dtype == self.b.dtype:
+            return torch.addcmul(y, z, self.b)  # b beside B, not in it: the gradient of B is never formed
+        return y + base.scale(self.b, z).to(y.dtype)

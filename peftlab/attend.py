@@ -1,0 +1,280 @@
+"""Around the attention function: while a module runs, its calls of `F.scaled_dot_product_attention` go through a method.
+
+`attend(base, change, ...)` runs what lies below and hands every attention call inside it to `change(run, q, k, v, options)`, where
+`run(q, k, v, **options)` is the attention as it would have been. That holds for whatever a model does around attention: projections, rotary
+positions, caches, repeated or grouped heads, masks of every kind. `nn.MultiheadAttention` is spelled out here, because torch's own function
+computes attention by hand where the weights are asked for. A module that never comes by is refused before its result is used.
+
+Legend: B batch, H heads, L queries, S keys, D head size; q (B, H, L, D), k and v (B, H or fewer, S, D).
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, handle_torch_function
+
+from . import layers
+from .host import original_class, walk
+
+if TYPE_CHECKING:
+    from .host import Site
+    from .method import Base
+
+Change = Callable[..., Tensor]
+
+
+def attend(base: Base, change: Change, *args, **kwargs):
+    """What lies below, with `change(run, q, k, v, options)` in place of each of its attention calls.
+
+    Raises:
+        RuntimeError: when no such call was made, so that nothing was changed.
+    """
+    mode = Attend(change)
+    with mode:
+        out = base(*args, **kwargs)
+    if not mode.calls:
+        raise RuntimeError(_unreached(base.path, base.site.host))
+    return out
+
+
+def _unreached(path: str, host: nn.Module) -> str:
+    return (
+        f"{path!r}, a {original_class(host).__name__}, computes attention by hand: nothing in it called torch's scaled_dot_product_attention, so that a "
+        'method on attention would do nothing. Load a transformers model with attn_implementation="sdpa" (or call '
+        'model.set_attn_implementation("sdpa")); in a module of your own use torch.nn.functional.scaled_dot_product_attention.'
+    )
+
+
+def refuse_by_hand(base: Base) -> None:
+    """The same refusal where the module's configuration already says it: before anything is built."""
+    name = getattr(getattr(base.site.host, "config", None), "_attn_implementation", None)
+    if isinstance(name, str) and "sdpa" not in name:
+        raise ValueError(f"attention is set to {name!r} at {base.path!r}. {_unreached(base.path, base.site.host)}")
+
+
+def passed_on(func: Callable, args: tuple, kwargs: dict):
+    """A call that a mode only lets through. Dynamo cannot follow the methods of tensors that are written in Python, only their names."""
+    if torch.compiler.is_compiling() and func in _PYTHON_METHODS:
+        return getattr(args[0], func.__name__)(*args[1:], **kwargs)
+    return func(*args, **kwargs)
+
+
+_PYTHON_METHODS = {f for f in vars(Tensor).values() if isinstance(f, types.FunctionType)}
+
+
+class Attend(TorchFunctionMode):
+    """Hands the attention calls of one module's run to a function, and counts them."""
+
+    def __init__(self, change: Change):
+        super().__init__()
+        self.change, self.calls = change, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.plain(*args, **kwargs)
+        if func is weighed_attention:
+            return self.weighed(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return multi_head(self.plain, self.weighed, *args, **kwargs)
+        return passed_on(func, args, kwargs)
+
+    def plain(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+        self.calls += 1
+        options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        return self.change(F.scaled_dot_product_attention, query, key, value, options)
+
+    def weighed(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        weights: list[Tensor] = []
+
+        def run(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+            y, w = weighed_attention(q, k, v, attn_mask, dropout_p)
+            weights.append(w)
+            return y
+
+        options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=False, scale=None, enable_gqa=False)
+        y = self.change(run, q, k, v, options)
+        return y, weights[0][..., -k.shape[-2] :]  # what the model's own keys get: they come last
+
+
+def weighed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, L, D) with its weights (B, H, L, S), in the very steps of torch's `multi_head_attention_forward`."""
+    if _is_torch_function_mode_enabled():
+        return handle_torch_function(weighed_attention, (q, k, v), q, k, v, attn_mask, dropout_p)
+    B, H, _, D = q.shape
+    q, k, v = (t.reshape(B * H, -1, t.shape[-1]) for t in (q * (1.0 / D) ** 0.5, k, v))
+    if attn_mask is None:
+        w = torch.bmm(q, k.mT)
+    else:
+        w = torch.baddbmm(attn_mask.expand(B, H, *attn_mask.shape[-2:]).reshape(B * H, -1, k.shape[1]), q, k.mT)
+    w = F.softmax(w, dim=-1)
+    w = F.dropout(w, dropout_p) if dropout_p > 0 else w
+    return torch.bmm(w, v).view(B, H, -1, v.shape[-1]), w.view(B, H, -1, k.shape[1])
+
+
+def multi_head(
+    plain: Callable, weighed: Callable, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
+    dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, need_weights=True, attn_mask=None, use_separate_proj_weight=False,
+    q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None, average_attn_weights=True, is_causal=False,
+):  # fmt: skip
+    """`F.multi_head_attention_forward` with the attention itself left to `plain` or, with weights, to `weighed`; sequence first."""
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        key_padding_mask = key_padding_mask if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    L, B, E = query.shape
+    Wq, Wk, Wv = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
+    bq, bk, bv = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    if query is key and key is value and not use_separate_proj_weight:  # one product, as torch takes it
+        q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        q, k, v = F.linear(query, Wq, bq), F.linear(key, Wk, bk), F.linear(value, Wv, bv)
+    if bias_k is not None:
+        k, v = torch.cat([k, bias_k.repeat(1, B, 1)]), torch.cat([v, bias_v.repeat(1, B, 1)])
+    q, k, v = (t.reshape(t.shape[0], B, num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
+    k, v = (t if s is None else s.view(B, num_heads, *s.shape[1:]) for t, s in ((k, static_k), (v, static_v)))
+    if add_zero_attn:
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+    causal = is_causal and key_padding_mask is None and not need_weights
+    mask = None if causal else _joined_masks(attn_mask, key_padding_mask, num_heads, key.shape[0], k.shape[2], q)
+    dropout_p = dropout_p if training else 0.0
+    y, w = weighed(q, k, v, mask, dropout_p) if need_weights else (plain(q, k, v, mask, dropout_p, causal), None)
+    y = F.linear(y.permute(2, 0, 1, 3).reshape(L * B, E), out_proj_weight, out_proj_bias).view(L, B, -1)
+    w = w.mean(1) if w is not None and average_attn_weights else w
+    return (y, w) if batched else (y.squeeze(1), w if w is None else w.squeeze(0))
+
+
+def _joined_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int, given: int, S: int, q: Tensor) -> Tensor | None:
+    """An additive mask (B or 1, H or 1, L, S); True means "not to be seen" in the two that torch's module takes."""
+
+    def additive(m: Tensor) -> Tensor:
+        return torch.zeros(m.shape, dtype=q.dtype, device=q.device).masked_fill(m, float("-inf")) if m.dtype == torch.bool else m.to(q.dtype)
+
+    mask = None
+    if attn_mask is not None:
+        mask = additive(attn_mask)
+        mask = mask[None, None] if mask.ndim == 2 else mask.view(-1, heads, *mask.shape[1:])
+    if padding is not None:
+        padding = additive(padding)[:, None, None, :]
+        mask = padding.expand(-1, -1, q.shape[2], -1) if mask is None else mask + padding
+    return mask if mask is None else F.pad(mask, (0, S - given))
+
+
+# ---------------------------------------------------------------- which modules run attention, and how wide their keys and values are
+
+_NOISE = {"proj", "projection", "lin", "linear", "layer", "to", "w", "c", "attn", "att", "attention", "fc", "dense", "self", "in", "states", "head", "heads"}
+_ROLES = {"q": "q", "query": "q", "queries": "q", "k": "k", "key": "k", "keys": "k", "v": "v", "value": "v", "values": "v", "wq": "q", "wk": "k", "wv": "v"}
+_FUSED = {"qkv": "qkv", "wqkv": "qkv", "querykeyvalue": "qkv", "kv": "kv", "keyvalue": "kv", "wkv": "kv"}
+
+
+def _role(name: str) -> str:
+    """What a projection's name says it makes: q, k, v, kv, qkv, or nothing."""
+    words = [w for w in re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()) if w and w not in _NOISE]
+    whole = "".join(words)
+    return _FUSED.get(whole) or _ROLES.get(whole) or ""
+
+
+def projections(host: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
+    """Which child makes the keys ("k") and the values ("v"), and between which of its output features; empty where that cannot be seen.
+
+    Told by the literature's names (q, k, v, query, key, value, qkv ...), or, in a module that calls itself attention, by the widths
+    of a fused projection and the one that follows it. Fused ones are in the order q, k, v.
+    """
+    linears = {n: (m, layers.features(m, layers.rule_of(m), layers.outline(m, "weight"))) for n, m in _linears(host)}
+    roles = {_role(n): (m, n_out) for n, (m, (n_out, _)) in linears.items() if _role(n)}
+    if {"q", "k", "v"} <= roles.keys():
+        return {r: (roles[r][0], 0, roles[r][1]) for r in "kv"}
+    fused, width = None, 0
+    if {"q", "kv"} <= roles.keys():
+        (fused, n_out), width = roles["kv"], roles["kv"][1] // 2
+    elif "qkv" in roles:
+        fused, n_out = roles["qkv"]
+        after = [n_in for n, (m, (_, n_in)) in linears.items() if m is not fused and n_in < n_out]
+        width = (n_out - after[0]) // 2 if after else n_out // 3
+    elif "att" in original_class(host).__name__.lower() and len(linears) == 2:
+        (fused, (n_out, _)), (_, (_, n_in)) = linears.values()
+        width = (n_out - n_in) // 2
+    if fused is None or width <= 0:
+        return {}
+    return {"k": (fused, n_out - 2 * width, n_out - width), "v": (fused, n_out - width, n_out)}
+
+
+def _linears(host: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(n, m) for n, m in host._modules.items() if m is not None and isinstance(layers.rule_of(m), layers.Linear)]
+
+
+def _calls_attention(cls: type) -> bool:
+    """Whether code of this very class mentions torch's attention function."""
+    codes = [f.__code__ for f in vars(cls).values() if callable(f) and getattr(f, "__code__", None) is not None]
+    return any("scaled_dot_product_attention" in c.co_names for c in codes)
+
+
+def attends(host: nn.Module) -> bool:
+    """Whether a module is seen to run attention itself."""
+    return isinstance(host, nn.MultiheadAttention) or bool(projections(host)) or _calls_attention(original_class(host))
+
+
+def widths(site: Site, width: int | None = None) -> tuple[int, int]:
+    """(features of a key, features of a value), all heads together: as said, or as seen; (0, 0) where there is no attention or none is seen."""
+    host = site.host
+    if width is not None and attends(host):
+        return width, width
+    if isinstance(host, nn.MultiheadAttention):
+        return host.embed_dim, host.embed_dim
+    found = projections(host)
+    return tuple(found[r][2] - found[r][1] for r in "kv") if found else (0, 0)
+
+
+def is_block(host: nn.Module) -> bool:
+    """Whether a module holds attention and more, and no list of modules that do."""
+    if isinstance(host, nn.MultiheadAttention):
+        return False
+    lists = [m for _, m in walk(host) if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    return any(attends(m) for _, m in walk(host)) and not any(attends(m) for held in lists for _, m in walk(held))
+
+
+def tokens_dim(host: nn.Module) -> int:
+    """The dimension of a block's input that counts its tokens: 1, or 0 around torch's attention with the sequence first."""
+    return 0 if any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in host.modules()) else 1
+
+
+def hidden_width(site: Site) -> int:
+    """Features of what the module's key and value projections take; 0 where they cannot be seen or take different ones."""
+    host = site.host
+    if isinstance(host, nn.MultiheadAttention):
+        return host.kdim if host.kdim == host.vdim else 0
+    found = {layers.features(m, layers.rule_of(m), layers.outline(m, "weight"))[1] for m, _, _ in projections(host).values()}
+    return found.pop() if len(found) == 1 else 0
+
+
+@dataclass
+class KeysValues:
+    """A module's own projections to keys and values, adapters on them included."""
+
+    host: nn.Module
+    found: dict[str, tuple[nn.Module, int, int]]
+
+    @classmethod
+    def of(cls, site: Site) -> KeysValues:
+        return cls(site.host, projections(site.host))
+
+    def __call__(self, P: Tensor) -> tuple[Tensor, Tensor]:
+        """P (B, n, dim) -> keys (B, n, features) and values."""
+        host = self.host
+        if isinstance(host, nn.MultiheadAttention):
+            W = host.in_proj_weight.chunk(3) if host._qkv_same_embed_dim else (None, host.k_proj_weight, host.v_proj_weight)
+            b = (None, None, None) if host.in_proj_bias is None else host.in_proj_bias.chunk(3)
+            return tuple(F.linear(P, W[i], b[i]) for i in (1, 2))
+        (mk, k0, k1), (mv, v0, v1) = self.found["k"], self.found["v"]
+        K = mk.forward(P)  # not the module's call: hooks on it wait for the model's own tokens
+        V = K if mv is mk else mv.forward(P)
+        return K[..., k0:k1], V[..., v0:v1]

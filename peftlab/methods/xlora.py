@@ -1,0 +1,141 @@
+"""X-LoRA: a router weighs trained, frozen LoRAs anew for every token and layer.
+
+    y_l = base_l(x) + sum_i g_li B_li s_li A_li x        A_li (r, n_in), B_li (n_out, r) of expert i at layer l
+    g = softmax(classifier(h) / temperature)             h (d,), the token's last hidden state without any expert
+
+The model runs twice: once without the experts for h, once with the gates. `experts` names LoRAs that this model holds; their factors are
+copied, so that they may be taken off afterwards, and must be switched off before: `activate(model, None)`. r is at least their ranks. A number instead
+makes as many new ones, which train=True trains along. The classifier has `depth` layers, inside `dim` wide; layerwise=False gives all layers
+the same gates, softmax=False leaves them as they are, and only the k largest act where k is given.
+
+Trains: train * count(experts) * r * (n_in + n_out) if site.rule.pointwise else
+    router.classifier_size(n_out, dim, depth, int(sites) - 2 if layerwise else 1, count(experts)) / 2
+Structure: y - base(x) lies in the span of all B_li
+Family: mixtures
+Paper: Buehler and Buehler 2024, arXiv 2402.07148
+Differs: no dropout in the classifier. A KV cache is refused, since the first run would need one of its own; the authors switch it off.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..method import Base, Method, finite, positive_int
+from ..parts import outputs, router, spots
+
+
+def count(experts: int | list) -> int:
+    return experts if isinstance(experts, int) else len(experts)
+
+
+class XLoRA(Method):
+    on = "module"
+    place = ":adapted"
+    opaque = True
+
+    def __init__(
+        self, base: Base, *, experts: int | list, r: int = 8, depth: int = 1, dim: int = 2048, k: int | None = None, softmax: bool = True,
+        temperature: float = 1.0, layerwise: bool = True, train: bool = False, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__(base)
+        n, self.path, self.owner = count(experts), base.path, base.path == self.common.owner
+        if k is not None and positive_int("k", k, None, base) > n:
+            raise ValueError(f"k={k}: there are {n} experts")
+        if finite("temperature", temperature) <= 0:
+            raise ValueError(f"temperature={temperature}: must be positive")
+        self.how = (k, softmax, temperature)
+        if not base.pointwise:
+            return
+        A, B = (torch.rand(n, r, base.n_in) * 2 - 1) / base.n_in**0.5, torch.zeros(n, base.n_out, r)
+        if not isinstance(experts, int) and not base.meta:
+            A, B = (torch.stack(t) for t in zip(*(factors(base, name, r) for name in experts), strict=True))
+        for name, t in (("A", A), ("B", B)):
+            self.register_parameter(name, nn.Parameter(t)) if train else self.register_buffer(name, t)
+
+    @classmethod
+    def fits(cls, site) -> bool:
+        return site.rule.pointwise
+
+    @classmethod
+    def beside(cls, model, hosts, hyper) -> list[nn.Module]:
+        return model.place(":trunk")
+
+    @classmethod
+    def shared(cls, sites, *, experts, depth: int = 1, dim: int = 2048, layerwise: bool = True, train: bool = False, seed: int = 0) -> nn.Module:
+        there, trunk = [s.path for s in sites if s.rule.pointwise], [s for s in sites if not s.rule.pointwise]
+        if len(trunk) != 2:
+            raise ValueError("xlora needs a model with one list of blocks, whose last hidden state its router reads")
+        if isinstance(experts, int) and not train:
+            raise ValueError(f"experts={experts!r} makes new experts, which start at zero: name trained LoRAs of this model, or say train=True")
+        known = {n for s in sites for n in Base(s).neighbours}
+        if not isinstance(experts, int) and sites[0].device.type != "meta" and (lost := [n for n in experts if n not in known]):
+            raise ValueError(f"there is no adapter {lost[0]!r} at the layers meant; they hold {sorted(known) or 'none'}")
+        layers = len(there) if layerwise else 1
+        common = router.Classifier(trunk[0].n_out, positive_int("dim", dim, None), positive_int("depth", depth, None), layers, count(experts), seed)
+        common.owner, common.index = min((s.path for s in trunk), key=len), {p: i for i, p in enumerate(there)}
+        return common
+
+    def mixed(self, x: Tensor, g: Tensor) -> Tensor:
+        h = F.linear(x, self.A.flatten(0, 1).to(x.dtype)) * g.to(x.dtype).repeat_interleave(self.A.shape[1], -1)
+        return F.linear(h, self.B.mT.flatten(0, 1).mT.to(x.dtype))
+
+    def forward(self, base: Base, *args, **kwargs):
+        return self.routed(base, [(self, None)], *args, **kwargs)
+
+    @classmethod
+    def routed(cls, base: Base, parts, *args, **kwargs):
+        if parts[0][0].owner:
+            return twice(base, parts, args, kwargs)
+        out = base(*args, **kwargs)
+        if not base.pointwise:
+            for m, _ in parts:
+                if m.common.reading:
+                    m.common.hidden = outputs.hidden(out).detach()
+            return out
+        x = outputs.tensors(args, kwargs)[0]
+        for m, rows in parts:
+            g = m.common.of(m.path, x)
+            if g is None:
+                continue
+            if rows is None:
+                out = out + m.mixed(x, g).to(out.dtype)
+            else:
+                out = outputs.by_rows(out, [(m, rows)], lambda m, y, at, g=g: y + m.mixed(x[at], g[at]))
+        return out
+
+
+def twice(base: Base, parts, args: tuple, kwargs: dict):
+    """The run without experts that the gates are computed from, and the run with them."""
+    if any(spots.named(base.site.host, args, kwargs).get(k) is not None for k in spots.CACHES):
+        raise ValueError(f"{base.path!r} was called with a KV cache, which the run for the gates would fill: generate(..., use_cache=False)")
+    before = [m.common.reading for m, _ in parts]  # rows that stack two mixtures run this inside itself
+    for m, rows in parts:
+        m.common.set(None, rows)
+        m.common.reading = True
+    with torch.no_grad():
+        base(*args, **kwargs)
+    for (m, rows), old in zip(parts, before, strict=True):
+        m.common.reading = old
+        m.common.set(m.common(m.common.hidden, *m.how), rows)
+    out = base(*args, **kwargs)
+    for m, rows in parts:
+        m.common.set(None, rows)
+    return out
+
+
+def factors(base: Base, name: str, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, n_in), B (n_out, r) with its scale, of the LoRA of that name at this host; zeros where it has none here."""
+    A, B = torch.zeros(r, base.n_in), torch.zeros(base.n_out, r)
+    for m in base.neighbours.get(name, ()):
+        found = getattr(m, "factors", None)
+        if found is None or getattr(m, "d", None) is not None:
+            raise ValueError(f"{name!r} at {base.path!r} is a {type(m).__name__} with more than two factors: X-LoRA mixes LoRAs without biases")
+        B, A = (t.detach().to("cpu", torch.float32) for t in found())
+        if name in base.acting:
+            raise ValueError(f"{name!r} acts at {base.path!r} itself: switch it off first, activate(model, None), so that it is not counted twice")
+        if A.shape[0] > r:
+            raise ValueError(f"{name!r} has rank {A.shape[0]} at {base.path!r}, more than r={r}")
+        A, B = router.padded(A, r, 0), router.padded(B * getattr(m, "s", 1.0), r, 1)
+    return A, B

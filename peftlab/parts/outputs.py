@@ -1,0 +1,88 @@
+"""What modules take and give: the hidden state in tuples, dicts and model outputs, the tensors among arguments, rows of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+
+def hidden(out: object) -> Tensor:
+    """The hidden state in what a module returned: its first floating tensor with at least two dimensions."""
+    found = _first(out)
+    if found is None:
+        raise TypeError(f"no hidden state in what the module returned, a {type(out).__name__}: a floating tensor, or a tuple or mapping with one, is needed")
+    return found
+
+
+def _is_hidden(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2
+
+
+def _first(out: object) -> Tensor | None:
+    if _is_hidden(out):
+        return out
+    inside = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
+    if dataclasses.is_dataclass(out) and not isinstance(out, (Mapping, type)):
+        inside = [getattr(out, f.name) for f in dataclasses.fields(out)]
+    return next((x for x in inside if _is_hidden(x)), None)
+
+
+def replaced(out: object, h: Tensor) -> object:
+    """The same kind of thing with h in place of the hidden state."""
+    old = hidden(out)
+    if out is old:
+        return h
+    if isinstance(out, Mapping):
+        return type(out)(**{k: h if v is old else v for k, v in out.items()})
+    if isinstance(out, (tuple, list)):
+        values = [h if v is old else v for v in out]
+        return type(out)(*values) if is_named(out) else type(out)(values)
+    return dataclasses.replace(out, **{f.name: h for f in dataclasses.fields(out) if getattr(out, f.name) is old})
+
+
+def is_named(out: object) -> bool:
+    """Whether it is a named tuple, whose constructor takes its entries one by one."""
+    return isinstance(out, tuple) and getattr(out, "_fields", None) is not None
+
+
+def edited(out: object, f: Callable[[Tensor], Tensor]) -> object:
+    """The same kind of thing with f(h) in place of the hidden state h."""
+    return replaced(out, f(hidden(out)))
+
+
+def tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The floating tensors among a call's arguments that could be hidden states, in order."""
+    return [x for x in (*args, *kwargs.values()) if _is_hidden(x)]
+
+
+def swapped(args: tuple, kwargs: dict, old: Tensor, new: Tensor) -> tuple[tuple, dict]:
+    """The call's arguments with `new` wherever `old` was."""
+    return tuple(new if x is old else x for x in args), {k: new if x is old else x for k, x in kwargs.items()}
+
+
+def by_rows(h: Tensor, parts: list, f: Callable) -> Tensor:
+    """h with f(method, h[rows], rows) in the place of the rows of each part (method, rows); differentiable."""
+    for method, rows in parts:
+        at = rows.to(h.device)
+        h = h.index_copy(0, at, f(method, h.index_select(0, at), at).to(h.dtype))
+    return h
+
+
+def joined(values: list, rows: list, size: int) -> object:
+    """The same structure as every value, with the given rows (dimension 0, `size` of them) from each."""
+    one = values[0]
+    if isinstance(one, Tensor):
+        if one.ndim == 0 or one.shape[0] != size:
+            return one
+        out = one
+        for v, r in zip(values[1:], rows[1:], strict=True):
+            out = out.index_copy(0, r.to(out.device), v.index_select(0, r.to(v.device)))
+        return out
+    if isinstance(one, Mapping):
+        return type(one)(**{k: joined([v[k] for v in values], rows, size) for k in one})
+    if isinstance(one, (tuple, list)):
+        found = [joined(list(v), rows, size) for v in zip(*values, strict=True)]
+        return type(one)(*found) if is_named(one) else type(one)(found)
+    return one

@@ -1,0 +1,1 @@
+"""Quantised bases: 4-bit and 8-bit codes of frozen weights, in plain PyTorch."""

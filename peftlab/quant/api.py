@@ -1,0 +1,178 @@
+"""quantize and dequantize: from patterns to packed modules, layer by layer; a call that raises changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers
+from ..host import CHILD, Adapted, Site, bare, original_class, paused_gc
+from ..method import Method
+from ..sites import Model, _reads_children, ensure_module, join, select_from, storage
+from ..wrap import check_dtype, ledgers, outside_disabled, samples
+from .codes import Packed, check, quantise
+from .linear import PACKED, Packing, pack, packed, unpack
+
+
+class _Packs(Method):
+    """Stands for the quantiser in the question where weights are."""
+
+    @classmethod
+    def fits(cls, site: Site) -> bool:
+        return True
+
+
+def places(model: Model) -> Iterator[Site]:
+    """Every parameter that can be packed, or is: weights of linear layers and embeddings, and raw matrices, which only a pattern of their own means."""
+    for key, m in model.modules.items():
+        paths, rule = model.paths[key], layers.rule_of(m)
+        if isinstance(rule, (layers.Linear, layers.Embedding)) and rule is not layers.OPAQUE:
+            W = layers.outline(m, "weight")
+            n_out, n_in = layers.features(m, rule, W)
+            names = (*paths, *(join(p, "weight") for p in paths))
+            yield Site(m, paths[0], rule=rule, n_out=n_out, n_in=n_in, shape=tuple(W.shape), names=names)
+        if rule is not None or isinstance(m, nn.RNNBase):
+            continue  # an RNN hands its parameters to one kernel
+        for name in m._parameters:
+            W = layers.outline(m, name)
+            if W is not None and W.is_floating_point() and W.ndim in (2, 3):
+                own = tuple(join(p, name) for p in paths)
+                yield Site(m, own[0], name, param=name, names=own, explicit=True, shape=tuple(W.shape), n_out=W.shape[-2], n_in=W.shape[-1])
+
+
+def works_on_codes(model: Model, site: Site) -> bool:
+    """Whether the layer's call is known, so that it can do with codes; otherwise the module reads decoded values."""
+    m = site.host
+    rule = layers._registered(original_class(m))
+    known = site.param == "weight" and rule is not None and rule[1] in PACKED and set(m._parameters) <= {"weight", "bias"}
+    return known and layers.surrounds(m, original_class(m)) and not _reads_children(model, m)
+
+
+@paused_gc()
+def quantize(
+    model: nn.Module, kind: str = "nf4", *, targets=None, exclude=None, blocksize: int | None = None, double_quant: bool | None = None,
+    compute_dtype: torch.dtype | None = None, progress: Callable | None = None,
+) -> nn.Module:  # fmt: skip
+    """Replace weights of `model` by 4-bit or 8-bit codes, in place and one after the other, and return the same model.
+
+    Args:
+        model: any module. Adapters that are there already stay and act on the packed weights; their start values do not change.
+        kind: "nf4", "fp4" (blocks of `blocksize` entries share a scale) or "int8" (rows do).
+        targets, exclude: patterns; by default every linear layer but the output head. Embeddings, and 3-D and 2-D parameters of modules that
+            are no known layer (experts), are packed where a pattern names them.
+        blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 entries; nf4 and fp4 only.
+        double_quant: pack the scales too (the default for nf4 and fp4): 0.516 instead of 0.5625 bytes an entry with blocks of 64.
+        compute_dtype: in which the layers form their products; by default in their input's dtype.
+        progress: called as progress(done, total, path) after each weight.
+
+    Raises:
+        PatternError, ValueError, TypeError: for unknown kinds and patterns, weights that are quantised already, tied, sharded, not finite or
+            trained in place, and models with merged adapters. The model is then unchanged.
+    """
+    check(kind, blocksize, double_quant)
+    check_dtype(compute_dtype)
+    root = bare(ensure_module(model))
+    outside_disabled(root)
+    view = Model.of(root)
+    sites, _ = select_from(view, _Packs, "quantize", list(places(view)), targets, exclude)
+    for site in sites:
+        _refuse(view, site)
+    double = kind != "int8" if double_quant is None else double_quant
+    for done, site in enumerate(sites, 1):
+        m, called = site.host, works_on_codes(view, site)
+        W = m._parameters[site.param].detach()
+        W = W.t() if isinstance(site.rule, layers.Conv1D) and called else W
+        p = quantise(W, kind, blocksize, double)
+        pack(m, site.param, p._replace(format=p.format._replace(compute=compute_dtype)), called)
+        _note(root, view, site)
+        if progress is not None:
+            progress(done, len(sites), site.path)
+    return model
+
+
+def _refuse(model: Model, site: Site) -> None:
+    """Raise where this parameter cannot be packed."""
+    m, param = site.host, site.param
+    where, W = f"{site.path!r} ({original_class(m).__name__})", m._parameters[param]
+    if layers.holds_codes(m, param):
+        raise ValueError(f"{where} is quantised already ({m.peftlab_formats[param].kind}): dequantize first, or exclude it")
+    if type(W).__name__ == "DTensor":
+        raise ValueError(f"{where} is sharded: quantize before fully_shard")
+    others = [o for o in model.owners[storage(W)] if o[0] is not m or o[1] != param]
+    if others:
+        raise ValueError(f"{where} is one tensor with {join(model.path(others[0][0]), others[0][1])!r} (tied): exclude it, or untie the two first")
+    if getattr(m, "max_norm", None) is not None:
+        raise ValueError(f"{where} has max_norm: torch edits its table while it is read")
+    if W.numel() == 0 or not torch.promote_types(W.dtype, torch.float32).is_floating_point:
+        raise ValueError(f"{where} has no floating entries: {W.dtype} {tuple(W.shape)}")
+    if isinstance(m, Adapted):
+        _refuse_adapted(m, param, where)
+    if not W.is_meta and not all(math.isfinite(v) and abs(v) <= torch.finfo(torch.float32).max for v in map(float, torch.aminmax(W.detach()))):
+        raise ValueError(f"{where} has entries that are not finite in float32: they have no code")
+
+
+def _refuse_adapted(m: nn.Module, param: str, where: str) -> None:
+    stack = m._modules[CHILD]
+    if stack.merged:
+        raise ValueError(f"{where} has {stack.merged[0]!r} merged into it: unmerge it first")
+    if stack.read:
+        raise ValueError(f"{where} has an adapter that is read instead of called: quantize before wrap")
+    if any(method.in_place and site.param == param for pairs in stack.sites.values() for site, method in pairs):
+        raise ValueError(f"{where} is trained in place: codes cannot be trained")
+
+
+def _note(root: nn.Module, view: Model, site: Site) -> None:
+    """What the ledgers remember of the parameter is that of the packed one, whose flag is off."""
+    p = site.host._parameters[site.param]
+    for path, _, ledger in ledgers(root):
+        for own in view.paths[id(site.host)]:
+            key = join(own, site.param)
+            key = key.removeprefix(f"{path}.") if path else key
+            if key in ledger.flags:
+                ledger.flags[key] = False
+                ledger.mark(key, p, samples)
+
+
+@paused_gc()
+def dequantize(model: nn.Module, *, targets=None, exclude=None, progress: Callable | None = None) -> nn.Module:
+    """Put the values of the codes in their place, in place (all packed weights by default), and return the same model.
+
+    The dense weights have the dtype that was quantised and do not require grad.
+
+    Raises:
+        PatternError, ValueError: when nothing is quantised, or adapters are merged. The model is then unchanged.
+    """
+    root = bare(ensure_module(model))
+    outside_disabled(root)
+    view = Model.of(root)
+    there = [s for s in places(view) if layers.holds_codes(s.host, s.param)]
+    if not there:
+        raise ValueError(f"nothing in this {type(model).__name__} is quantised")
+    sites = there
+    if targets is not None or exclude is not None:
+        sites, _ = select_from(view, _Packs, "dequantize", there, [s.path for s in there] if targets is None else targets, exclude)
+    for site in sites:
+        if type(site.host._parameters[site.param]).__name__ == "DTensor":
+            raise ValueError(f"{site.path!r} is sharded: dequantize before fully_shard")
+        if isinstance(site.host, Adapted):
+            _refuse_adapted(site.host, site.param, repr(site.path)) if site.host._modules[CHILD].merged else None
+    for done, site in enumerate(sites, 1):
+        unpack(site.host, site.param, layers.values(site.host, site.param).contiguous())
+        _note(root, view, site)
+        if progress is not None:
+            progress(done, len(sites), site.path)
+    return model
+
+
+def packed_weights(model: nn.Module) -> dict[str, Packed]:
+    """What is quantised in a model: packed tensors by the path of their parameter."""
+    view = Model.of(bare(ensure_module(model)))
+    return {join(view.path(m), k): packed(m, k) for m in view.modules.values() if isinstance(m, Packing) for k in m.peftlab_formats if layers.holds_codes(m, k)}
+
+
+def nbytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,323 @@
+"""Codes and scales: quantise a tensor in blocks, and decode any stretch of it.
+
+    x = absmax(block of x) * book[code]        (nf4, fp4: 4 bits an entry, two entries a byte, the first in the high half)
+    x = absmax(row of x) / 127 * code          (int8)
+
+With double quantisation the absmax of the blocks are themselves quantised: their mean is taken away and what is left is coded in 8 bits
+in blocks of 256. The values equal those of bitsandbytes 0.50 bit for bit.
+
+Papers: QLoRA, Dettmers et al. 2023, arXiv 2305.14314 (nf4: appendix E; double quantisation: section 3). The 8-bit code of the absmax:
+    Dettmers 2015, arXiv 1511.04561 (dynamic tree). int8: Dettmers et al. 2022, arXiv 2208.07339.
+Legend: n entries of a tensor, b entries a block; codes (ceil(n / 2), 1) uint8, or (rows, columns) int8; absmax (ceil(n / b),).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FORMATS = ("nf4", "fp4", "int8")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALES = 256  # absmax values that share a second scale
+PIECE = 1 << 18  # entries that are quantised at a time: the temporaries stay in the cache
+FLOOR = 1e-38  # an absmax below this does not divide
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # sign, two bits of exponent, one of mantissa
+# Codes by ascending value. Both zeros of fp4 are there, the positive one first: zero itself and what is just below it take code 0.
+ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+
+
+class Format(NamedTuple):
+    """How a tensor is packed: facts that no tensor holds."""
+
+    kind: str  # one of FORMATS
+    shape: tuple[int, ...]  # of the dense tensor
+    dtype: torch.dtype  # in which its values are handed out
+    blocksize: int  # entries a scale; for int8 the length of a row
+    double: bool  # whether the absmax are quantised themselves
+    compute: torch.dtype | None = None  # in which the layer's product is formed; None: in the input's
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.numel // self.blocksize) if self.blocksize else 0
+
+
+class Packed(NamedTuple):
+    """A quantised tensor. Without double quantisation absmax is float32 and the last two are None."""
+
+    format: Format
+    codes: Tensor
+    absmax: Tensor  # (blocks,) float32, or uint8 with double quantisation
+    nested_absmax: Tensor | None = None  # (ceil(blocks / 256),) float32
+    offset: Tensor | None = None  # () float32, the mean that was taken away
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self[1:] if t is not None)
+
+
+# ---------------------------------------------------------------- code books
+
+
+@functools.cache
+def book(kind: str) -> Tensor:
+    """(16,) float32: the value of each code of nf4 and fp4."""
+    with torch.device("cpu"):
+        return torch.tensor(NF4 if kind == "nf4" else FP4, dtype=torch.float32)
+
+
+@functools.cache
+def borders(kind: str) -> tuple[float, ...]:
+    """The 15 midpoints between the sorted values; an entry on a border belongs to the lower side."""
+    values = book(kind)[list(ORDER[kind])]
+    return tuple(((values[:-1] + values[1:]) / 2).tolist())
+
+
+@functools.cache
+def dynamic() -> Tensor:
+    """(256,) float32, ascending: 0, 1 and +-10^(k - 6) times the midpoints of 2^k equal parts of [0.1, 1], k = 0..6."""
+    with torch.device("cpu"):
+        found = [torch.zeros(1), torch.ones(1)]
+        for k in range(7):
+            ends = torch.linspace(0.1, 1, 2**k + 1, dtype=torch.float32)
+            part = 10 ** (k - 6) * ((ends[:-1] + ends[1:]) / 2)
+            found += [part, -part]
+        return torch.cat(found).sort().values
+
+
+@functools.cache
+def _nearest() -> Tensor:
+    """(65536,) uint8: the code of `dynamic` that is nearest to the middle of each of 65,536 cells of [-1, 1]."""
+    with torch.device("cpu"):
+        middle = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
+        values = dynamic().double()
+        return torch.bucketize(middle, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+
+
+@functools.cache
+def _sorted_to_code(device: torch.device) -> Tensor:
+    """(256,) uint8: two sorted positions in a byte -> the two codes of fp4 in a byte."""
+    order = torch.tensor(ORDER["fp4"], dtype=torch.uint8, device="cpu")
+    return (order[:, None] * 16 + order).flatten().to(device)
+
+
+@functools.cache
+def _quads(kind: str, device: torch.device) -> Tensor:
+    """(65536, 4) float32: two bytes, read as a little-endian number, -> the four values that they stand for."""
+    with torch.device("cpu"):
+        both = torch.arange(65536)
+        first, second = both & 255, both >> 8
+        return book(kind)[torch.stack([first >> 4, first & 15, second >> 4, second & 15], 1)].to(device)
+
+
+# ---------------------------------------------------------------- quantise
+
+
+def check(kind: object, blocksize: int | None = None, double: bool | None = None) -> None:
+    """Raise on what there is no format for."""
+    from ..patterns import did_you_mean
+
+    if kind not in FORMATS:
+        raise ValueError(f"{kind!r}: one of {', '.join(map(repr, FORMATS))}.{did_you_mean(str(kind), FORMATS)}")
+    if kind == "int8" and (blocksize is not None or double):
+        raise ValueError("int8 has one scale a row: blocksize= and double_quant= belong to nf4 and fp4")
+    if blocksize is not None and (isinstance(blocksize, bool) or blocksize not in BLOCKSIZES):
+        raise ValueError(f"blocksize={blocksize!r}: one of {', '.join(map(str, BLOCKSIZES))}")
+
+
+def outline(shape: tuple[int, ...], dtype: torch.dtype, kind: str, blocksize: int | None = None, double: bool = True) -> Packed:
+    """The empty tensors of a packed tensor, on meta: their sizes."""
+    if kind == "int8":
+        form = Format(kind, tuple(shape), dtype, shape[-1], False)
+        return Packed(form, torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(form.blocks, device="meta"))
+    form = Format(kind, tuple(shape), dtype, blocksize or 64, double)
+    codes = torch.empty(-(-form.numel // 2), 1, dtype=torch.uint8, device="meta")
+    if not double:
+        return Packed(form, codes, torch.empty(form.blocks, device="meta"))
+    absmax = torch.empty(form.blocks, dtype=torch.uint8, device="meta")
+    return Packed(form, codes, absmax, torch.empty(-(-form.blocks // SCALES), device="meta"), torch.empty((), device="meta"))
+
+
+@torch.no_grad()
+def quantise(W: Tensor, kind: str, blocksize: int | None = None, double: bool = True, dtype: torch.dtype | None = None) -> Packed:
+    """Pack a floating tensor; `dtype` is that of the values handed out later (its own by default).
+
+    Temporaries take a few MB, whatever the size of W. Raises ValueError on entries that are not finite in float32.
+    """
+    check(kind, blocksize, double and kind != "int8")
+    W = W.detach()
+    form = outline(tuple(W.shape), dtype or W.dtype, kind, blocksize, double)
+    if W.is_meta:
+        return form
+    if kind == "int8":
+        return _quantise_rows(W, form.format)
+    b, n = form.format.blocksize, form.format.numel
+    codes = torch.empty(form.codes.shape, dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(form.format.blocks, dtype=torch.float32, device=W.device)
+    flat, whole, piece = W.reshape(-1), n // b * b, max(PIECE, b)
+    for i in range(0, whole, piece):
+        j = min(i + piece, whole)
+        x = flat[i:j].to(torch.float32).view(-1, b)
+        top = absmax[i // b : j // b]
+        torch.amax(x.abs(), 1, out=top)
+        codes[i // 2 : j // 2, 0] = _pack(x * top.clamp(min=FLOOR).reciprocal()[:, None], kind)
+    if whole < n:  # the short last block: bitsandbytes divides here, and gives an absmax of zero as FLOOR
+        x = flat[whole:].to(torch.float32)
+        absmax[-1] = x.abs().max().clamp(min=FLOOR)
+        x = torch.nn.functional.pad(x / absmax[-1], (0, len(x) % 2))
+        codes[whole // 2 :, 0] = _pack(x, kind)
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError(f"a tensor of shape {tuple(W.shape)} has entries that are not finite in float32: they have no code")
+    return Packed(form.format, codes, *(_quantise_scales(absmax) if double else (absmax,)))
+
+
+def _pack(x: Tensor, kind: str) -> Tensor:
+    """Entries in [-1, 1], an even number of them, -> two codes a byte."""
+    first, *others = borders(kind)
+    count = torch.gt(x, first).view(torch.uint8)
+    above = torch.empty_like(count, dtype=torch.bool)
+    for border in others:
+        torch.gt(x, border, out=above)
+        count.add_(above.view(torch.uint8))
+    pair = count.flatten().view(torch.int16)  # the first entry in the low byte
+    both = ((pair << 4) | (pair >> 8)).to(torch.uint8)
+    return both if kind == "nf4" else _sorted_to_code(x.device)[both.int()]
+
+
+def _quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, absmax of the blocks of 256, mean) of the scales."""
+    offset = absmax.mean()
+    x = absmax - offset
+    x = torch.nn.functional.pad(x, (0, -len(x) % SCALES)).view(-1, SCALES)
+    top = x.abs().amax(1)
+    cell = (((x * top.reciprocal()[:, None]).clamp_(-1, 1) + 1) * 32767.5 + 0.5).nan_to_num_(0).int()  # blocks of zeros get code 0
+    codes = _nearest().to(absmax.device)[cell.flatten()[: len(absmax)]]
+    return codes, top, offset
+
+
+def _quantise_rows(W: Tensor, form: Format) -> Packed:
+    codes = torch.empty(form.shape, dtype=torch.int8, device=W.device)
+    absmax = torch.empty(form.blocks, dtype=torch.float32, device=W.device)
+    rows = max(1, PIECE // max(form.blocksize, 1))
+    flat, out = W.reshape(form.blocks, form.blocksize), codes.view(form.blocks, form.blocksize)
+    for i in range(0, form.blocks, rows):
+        x = flat[i : i + rows].to(torch.float32)
+        top = absmax[i : i + rows] = x.abs().amax(1)
+        out[i : i + rows] = (x * (127.0 / top)[:, None]).round().nan_to_num_(0)  # rows of zeros
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError(f"a tensor of shape {form.shape} has entries that are not finite in float32: they have no code")
+    return Packed(form, codes, absmax)
+
+
+# ---------------------------------------------------------------- decode
+
+
+def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
+    """float32 absmax of the blocks first..last."""
+    absmax = p.absmax[first:last]
+    if p.nested_absmax is None:
+        return absmax
+    which = torch.arange(first, first + len(absmax), device=absmax.device) // SCALES
+    return dynamic().to(absmax.device)[absmax.int()] * p.nested_absmax[which] + p.offset
+
+
+def decode(p: Packed, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+    """float32 values of the entries start..stop of the flattened tensor, (stop - start,).
+
+    `out`: float32 memory of `room(p, stop - start)` entries to decode into; the result is a view of it.
+    """
+    b, n = p.format.blocksize, p.format.numel
+    if p.format.kind == "int8":
+        return _decode_rows(p, start, stop, out)
+    low, high = start // b * b, min(-(-stop // b) * b, n)  # whole blocks, which start at a byte divisible by 4
+    out = torch.empty(room(p, stop - start), dtype=torch.float32, device=p.codes.device) if out is None else out
+    codes = p.codes.view(-1)[low // 2 : -(-high // 2)]
+    values = _look_up(codes, p.format.kind, out)
+    top = scales(p, low // b, -(-high // b))
+    whole = (high - low) // b * b
+    values[:whole].view(-1, b).mul_(top[: whole // b, None])
+    if low + whole < high:
+        values[whole:].mul_(top[-1])
+    return values[start - low : stop - low]
+
+
+def room(p: Packed, entries: int) -> int:
+    """Entries of memory that decoding a stretch may need: the blocks at its ends are decoded whole."""
+    return min(entries + 2 * p.format.blocksize, p.format.numel + 1) + 2
+
+
+def _look_up(codes: Tensor, kind: str, out: Tensor) -> Tensor:
+    """The book's values of packed codes, two a byte, in `out`."""
+    if codes.storage_offset() % 2:
+        codes = codes.clone()
+    even = len(codes) // 2 * 2
+    pairs = codes[:even].view(torch.uint16).int()
+    table, quads = _quads(kind, codes.device), out[: 2 * even].view(-1, 4)
+    if codes.device.type == "cpu" and type(codes) is Tensor and not torch.compiler.is_compiling():
+        # One 16-byte element a look-up: three times as fast as rows of four.
+        torch.index_select(_sixteen_bytes(table), 0, pairs, out=_sixteen_bytes(quads))
+    else:
+        quads.copy_(table.index_select(0, pairs))
+    if even < len(codes):
+        out[2 * even : 2 * even + 2] = table[codes[-1].int(), :2]
+    return out[: 2 * len(codes)]
+
+
+def _sixteen_bytes(t: Tensor) -> Tensor:
+    """(k, 4) float32 as (k,) numbers of 16 bytes, the same memory."""
+    return torch.view_as_complex(t.view(torch.float64)) if t.numel() else t.new_empty(0, dtype=torch.complex128)
+
+
+def _decode_rows(p: Packed, start: int, stop: int, out: Tensor | None) -> Tensor:
+    b = p.format.blocksize
+    if not b:
+        return torch.empty(0, dtype=torch.float32, device=p.codes.device)
+    low, high = start // b, -(-stop // b)
+    rows = p.codes.view(-1, b)[low:high]
+    values = torch.empty(rows.shape, dtype=torch.float32, device=rows.device) if out is None else out[: rows.numel()].view(rows.shape)
+    values.copy_(rows).mul_(p.absmax[low:high, None]).mul_(1 / 127)
+    return values.view(-1)[start - low * b : stop - low * b]
+
+
+@torch.no_grad()
+def dequantise(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense tensor in its dtype (or another): a product in float32, rounded once."""
+    form, dtype = p.format, dtype or p.format.dtype
+    if p.codes.is_meta:
+        return torch.empty(form.shape, dtype=dtype, device="meta")
+    n = form.numel
+    if dtype == torch.float32:
+        return decode(p, 0, n).view(form.shape)
+    out = torch.empty(n, dtype=dtype, device=p.codes.device)
+    piece = max(PIECE, form.blocksize) // max(form.blocksize, 1) * form.blocksize
+    scratch = torch.empty(room(p, piece), dtype=torch.float32, device=p.codes.device)
+    for i in range(0, n, piece or 1):
+        out[i : i + piece].copy_(decode(p, i, min(i + piece, n), scratch))
+    return out.view(form.shape)
+
+
+def entries(p: Packed, index: Tensor) -> Tensor:
+    """float32 values at flat positions, of any shape: for a few rows of a large table."""
+    b = p.format.blocksize
+    if p.format.kind == "int8":
+        return p.codes.view(-1)[index] * p.absmax[index // b] * (1 / 127)
+    byte = p.codes.view(-1)[index // 2].int()
+    code = torch.where(index % 2 == 0, byte >> 4, byte & 15)
+    block = index // b
+    top = p.absmax[block]
+    if p.nested_absmax is not None:
+        top = dynamic().to(top.device)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
+    return book(p.format.kind).to(top.device)[code] * top

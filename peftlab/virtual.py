@@ -1,0 +1,383 @@
+"""Virtual tokens at the stack that owns the token embedding: in at its input, out at its output.
+
+Whatever the model does above the stack (heads, labels, losses, generation) never notices: its tensors have the caller's length. Masks,
+position ids, token types and labels that enter the stack are lengthened with it; a cache holds the virtual tokens like any others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, handle_torch_function
+
+from .attend import attends, passed_on
+from .host import original_class, walk
+from .parts import outputs
+from .parts.prefix import together
+from .parts.slots import Place, Slots, around_cache
+
+if TYPE_CHECKING:
+    from .method import Base
+    from .sites import Model
+
+IGNORED = -100  # the label that torch's cross entropy passes over
+
+# ---------------------------------------------------------------- which module it is
+
+
+def token_embedding(host: nn.Module) -> nn.Embedding | None:
+    """The embedding of token ids below a module: the one that it names itself, else the one with the most rows that is not called otherwise."""
+    teller = getattr(host, "get_input_embeddings", None)
+    try:
+        own = teller() if teller is not None else None
+    except (NotImplementedError, AttributeError):
+        own = None
+    if isinstance(own, nn.Embedding):
+        return own
+    found = [m for path, m in walk(host) if isinstance(m, nn.Embedding) and not _other_table(path)]
+    return max(found, key=lambda m: m.num_embeddings, default=None)
+
+
+def _other_table(path: str) -> bool:
+    name = path.rpartition(".")[2].lower()
+    return any(word in name for word in ("pos", "type", "segment", "bias", "wpe"))
+
+
+def stacks(model: Model) -> list[nn.Module]:
+    """The modules that own a token embedding and the attention above it; of two that lie in one another, the inner one."""
+    attention = [p for m in model.modules.values() if attends(m) for p in model.paths[id(m)]]
+    found: dict[str, nn.Module] = {}
+    for m in model.modules.values():
+        for path in model.paths[id(m)] if isinstance(m, nn.Embedding) and not _other_table(model.path(m)) else ():
+            above = path
+            while above:
+                above = above.rpartition(".")[0]
+                if any(_within(p, above) for p in attention):
+                    if token_embedding(model.at[above]) is m:
+                        found[above] = model.at[above]
+                    break
+    inner = [m for p, m in found.items() if not any(q != p and _within(q, p) for q in found)]
+    return list({id(m): m for m in inner}.values())
+
+
+def _within(path: str, top: str) -> bool:
+    return top == "" or path.startswith(top + ".")
+
+
+def stacks_above(model: Model, hosts: list[nn.Module]) -> list[nn.Module]:
+    """The stacks in which these modules lie."""
+    below = [p for h in hosts for p in model.paths[id(h)]]
+    return [m for m in stacks(model) if any(_within(p, top) for top in model.paths[id(m)] for p in below)]
+
+
+# ---------------------------------------------------------------- what it is called with
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The names of what a stack is called with."""
+
+    order: tuple[str, ...]
+    tokens: str
+    embeds: str | None
+    positions: str | None
+    mask: str | None
+
+    @classmethod
+    def of(cls, host: nn.Module) -> Inputs:
+        parameters = inspect.signature(original_class(host).forward).parameters.values()
+        order = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+        first = {role: next((n for n in order if _role(n) == role), None) for role in ("positions", "mask")}
+        tokens = "input_ids" if "input_ids" in order else next(iter(order), "")
+        return cls(order, tokens, "inputs_embeds" if "inputs_embeds" in order else None, **first)
+
+    def named(self, args: tuple, kwargs: dict) -> dict:
+        return dict(zip(self.order, args, strict=False)) | kwargs
+
+
+def _role(name: str) -> str:
+    """What an argument of the token length means, by its name."""
+    for words, role in ((("mask",), "mask"), (("pos",), "positions"), (("type", "segment"), "types"), (("label", "target"), "labels")):
+        if any(w in name for w in words) and not any(w in name for w in ("encoder", "past", "cache", "embed")):
+            return role
+    return ""
+
+
+def refuse_without_positions(base: Base) -> None:
+    """For a method that moves positions."""
+    if Inputs.of(base.site.host).positions is None:
+        raise ValueError(f"shift=True: {base.path!r}, a {original_class(base.site.host).__name__}, takes no position ids that could be moved")
+
+
+def _cached(named: dict) -> int:
+    """The tokens that a cache holds already."""
+    past = named.get("past_key_values")
+    return 0 if past is None else past.get_seq_length()
+
+
+def shifted(base: Base, by: int | list[tuple[int, Tensor]], args: tuple, kwargs: dict):
+    """What lies below, with the real tokens' positions moved, by so many or by so many for each group of rows."""
+    inputs = Inputs.of(base.site.host)
+    named = inputs.named(args, kwargs)
+    x = named.get(inputs.tokens) if named.get(inputs.tokens) is not None else named[inputs.embeds]
+    given = named.get(inputs.positions)
+    if given is None:
+        given = torch.arange(x.shape[1], device=x.device)[None] + _cached(named)
+    if not isinstance(by, int):
+        by = _of_rows(by, x.shape[0], x.device)[:, None]
+    return base(**named | {inputs.positions: given + by})
+
+
+def _of_rows(parts: list[tuple[int, Tensor]], B: int, device) -> Tensor:
+    """(B,): the number that belongs to each row, zero for the others."""
+    out = torch.zeros(B, dtype=torch.long, device=device)
+    for value, rows in parts:
+        out = out.index_fill(0, rows.to(device), value)
+    return out
+
+
+# ---------------------------------------------------------------- in and out
+
+
+class Rows(TorchFunctionMode):
+    """Puts virtual rows into what the token embedding looks up, for stacks that take ids alone."""
+
+    def __init__(self, put: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.put, self.calls = put, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is looked_up:
+            self.calls += 1
+            return self.put(*args)
+        return passed_on(func, args, kwargs or {})
+
+
+def looked_up(y: Tensor) -> Tensor:
+    """What a token embedding gave; the stacks that insert virtual tokens replace rows of it."""
+    return handle_torch_function(looked_up, (y,), y) if _is_torch_function_mode_enabled() else y
+
+
+@dataclass
+class Prompt:
+    """What goes in: P (n, d), or (B, n, d) with lengths (B,) where rows have fewer, their ends at the end."""
+
+    P: Tensor
+    at: Place = "start"
+    causal: bool = False  # a token's output is that of the last virtual token behind it
+    keep: bool = False  # the output keeps the virtual tokens, in front
+    lengths: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.P.shape[-2]
+
+    @property
+    def there(self) -> Tensor | None:
+        if self.lengths is None:
+            return None
+        return torch.arange(self.n, device=self.P.device)[None] >= self.n - self.lengths[:, None]
+
+
+def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args: tuple, kwargs: dict):
+    """What lies below, called with virtual tokens among its tokens; its output without them."""
+    named = _cross(inputs.named(args, kwargs))
+    ids, embeds = named.get(inputs.tokens), named.get(inputs.embeds) if inputs.embeds else None
+    x = ids if ids is not None else embeds
+    seen = _cached(named)
+    if prompt.n == 0:
+        return base(**named)
+    if prompt.lengths is not None:
+        named = _said(inputs, prompt, named, x, seen)
+    if seen:
+        return base(**_after(prompt, named))
+    mask = named.get(inputs.mask) if inputs.mask else None
+    padded = "padding" in (inputs.mask or "")  # torch's way round: True is padding
+    real = None if mask is None or mask.shape != x.shape[:2] else (mask == 0 if padded else mask != 0)
+    slots = Slots(prompt.at, prompt.n, x, real)
+    named |= _lengthened(inputs, prompt, slots, named, x)
+    P = prompt.P if prompt.P.ndim == 3 else prompt.P[None]
+    if embeds is None and inputs.embeds:
+        embeds = table(ids)
+    if embeds is not None:
+        named[inputs.embeds], named[inputs.tokens] = slots.put(embeds, P.to(embeds.dtype)), None
+        out = base(**named)
+    else:
+        named[inputs.tokens] = slots.put(ids, _filler(ids, table, prompt.n))
+        mode = Rows(lambda y: slots.put(looked_up(slots.take(y)), P.to(y.dtype)))
+        with mode:
+            out = base(**named)
+        if not mode.calls:
+            raise RuntimeError(f"{base.path!r} did not call its token embedding, so that virtual tokens have no place to enter (is it read instead?)")
+    return out if prompt.keep else _trimmed(out, slots, prompt.causal, base.site.host)
+
+
+def _filler(ids: Tensor, table: nn.Embedding, n: int) -> Tensor:
+    """Ids for the slots of virtual tokens: a token that is not padding; what it looks up is replaced."""
+    return torch.full((1, n), 1 if table.padding_idx == 0 else 0, dtype=ids.dtype, device=ids.device)
+
+
+def _cross(named: dict) -> dict:
+    """A decoder sees virtual tokens that stand in front of its encoder's output."""
+    states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+    if states is not None and mask is not None and mask.ndim == 2 and states.shape[1] > mask.shape[1]:
+        named = named | {"encoder_attention_mask": around_cache(mask, mask.new_ones(1, states.shape[1] - mask.shape[1]))}
+    return named
+
+
+def _lengthened(inputs: Inputs, prompt: Prompt, slots: Slots, named: dict, x: Tensor) -> dict:
+    """The other arguments of the tokens' length, as the longer sequence needs them."""
+    B, L = x.shape[:2]
+    out = {}
+    for name, t in named.items():
+        role = _role(name)
+        if not isinstance(t, Tensor) or name in (inputs.tokens, inputs.embeds) or "encoder" in name:
+            continue
+        if name == "cache_position":
+            out[name] = torch.cat([t[:1] + torch.arange(prompt.n, device=t.device), t + prompt.n])
+        elif role == "positions" and t.ndim == 2:
+            out[name] = slots.positions(t, prompt.lengths)
+        elif t.ndim >= 2 and t.shape[1] == L and t.shape[0] in (1, B) and t.ndim == 2 and role:
+            value = {"types": 0, "labels": IGNORED, "mask": 0 if "padding" in name else 1}[role]
+            fill = torch.full((1, prompt.n), value, dtype=t.dtype, device=t.device)
+            if role == "mask" and prompt.there is not None:
+                fill = prompt.there.logical_not() if "padding" in name else prompt.there
+            out[name] = slots.put(t.expand(B, -1), fill)
+        elif role or (t.ndim >= 2 and tuple(t.shape[:2]) == (B, L)):
+            raise ValueError(f"{name} of shape {tuple(t.shape)} cannot be lengthened by {prompt.n} virtual tokens: give one entry a token, ({B}, {L}), or none")
+    return out
+
+
+def _said(inputs: Inputs, prompt: Prompt, named: dict, x: Tensor, seen) -> dict:
+    """Where rows differ, nothing can be left to the model: the mask and the positions are spelled out."""
+    B, L = x.shape[:2]
+    past, named = seen - prompt.n if seen else 0, dict(named)
+    if named.get(inputs.mask) is None:
+        named[inputs.mask] = torch.full((B, past + L), 0 if "padding" in inputs.mask else 1, device=x.device)
+    if inputs.positions is not None and named.get(inputs.positions) is None:
+        named[inputs.positions] = torch.arange(L, device=x.device)[None] + past
+    return named
+
+
+def _after(prompt: Prompt, named: dict) -> dict:
+    """The arguments of a call whose virtual tokens are in the cache."""
+    lengths = prompt.n if prompt.lengths is None else prompt.lengths[:, None]
+    there = prompt.there
+    out = dict(named)
+    for name, t in named.items():
+        if isinstance(t, Tensor) and _role(name) == "positions":
+            out[name] = t + prompt.n if name == "cache_position" else t + lengths
+        elif isinstance(t, Tensor) and _role(name) == "mask":
+            if t.ndim != 2:
+                raise ValueError(f"{name} of shape {tuple(t.shape)} cannot be lengthened by {prompt.n} virtual tokens: give one entry a token")
+            out[name] = around_cache(t, t.new_ones(1, prompt.n) if there is None else there)
+    return out
+
+
+def _trimmed(out, slots: Slots, causal: bool, host: nn.Module, name: str = ""):
+    """The same output without the virtual tokens' rows."""
+    if isinstance(out, Tensor):
+        if "attentions" in name and out.ndim == 4 and out.shape[2] == slots.n + slots.L:  # (B, H, queries, keys)
+            out = slots.take(out.transpose(1, 2)).transpose(1, 2)
+            own = out.shape[3] == slots.n + slots.L and "cross" not in name
+            return slots.take(out.movedim(3, 1)).movedim(1, 3) if own else out
+        return slots.take(out, causal) if out.ndim > 1 and tuple(out.shape[:2]) == (slots.B, slots.n + slots.L) else out
+    if isinstance(out, Mapping):
+        for k in out:
+            if isinstance(out[k], (Tensor, tuple, list)) and "past" not in k:
+                out[k] = _trimmed(out[k], slots, causal, host, k)
+        if out.get("pooler_output") is not None and isinstance(getattr(host, "pooler", None), nn.Module):
+            out["pooler_output"] = host.pooler(out["last_hidden_state"])  # it looked at a virtual token
+        return out
+    if type(out) in (tuple, list):
+        return type(out)(_trimmed(t, slots, causal, host, name) for t in out)
+    return out
+
+
+def embedding(site) -> nn.Embedding | None:
+    """The token embedding of a stack; a zero-width one for an embedding that is surrounded beside it."""
+    return nn.Embedding(0, 0) if isinstance(site.host, nn.Embedding) else token_embedding(site.host)
+
+
+@dataclass
+class Surround:
+    """What a method on input tokens keeps of its place: the stack, or the token embedding beside it, and how virtual tokens go in."""
+
+    n: int
+    at: Place
+    causal: bool
+    keep: bool
+    inputs: Inputs | None
+    table: nn.Embedding
+
+    @classmethod
+    def of(cls, base: Base, n: int, at: Place, causal: bool | None, keep: bool) -> Surround:
+        host = base.site.host
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"n={n!r} at {base.path!r}: a whole number of virtual tokens")
+        if keep and at != "start":
+            raise ValueError(f"keep=True at {base.path!r}: virtual tokens that stay must be at the start, not at {at!r}")
+        if isinstance(host, nn.Embedding):
+            return cls(n, at, False, keep, None, host)
+        if causal is None:
+            causal = any(getattr(m, "is_causal", False) is True for _, m in walk(host))
+        return cls(n, at, causal, keep, Inputs.of(host), token_embedding(host))
+
+    @property
+    def holds(self) -> bool:
+        return self.inputs is not None
+
+    @staticmethod
+    def beside(hosts: list[nn.Module]) -> list[nn.Module]:
+        """Stacks that take ids alone are helped by their token embedding."""
+        return [token_embedding(h) for h in hosts if not isinstance(h, nn.Embedding) and Inputs.of(h).embeds is None]
+
+    @staticmethod
+    def fits(site) -> bool:
+        return site.kind == "module" and not isinstance(site.host, nn.Embedding) and token_embedding(site.host) is not None
+
+    def look(self, ids: Tensor) -> Tensor:
+        """What the frozen table gives for ids."""
+        return original_class(self.table).forward(self.table, ids.to(self.table.weight.device)).detach()
+
+    def __call__(self, base: Base, P: Tensor | None, args: tuple, kwargs: dict):
+        if not self.holds:
+            return looked_up(base(*args, **kwargs))
+        P = self.table.weight.new_zeros(0, self.table.embedding_dim) if P is None else P
+        return inserted(base, self.inputs, self.table, Prompt(P, self.at, self.causal, self.keep), args, kwargs)
+
+    @staticmethod
+    def routed(base: Base, parts: list[tuple[Surround, Tensor | None, Tensor]], args: tuple, kwargs: dict):
+        """The same where rows have prompts of their own, or none: the shorter ones padded and masked, or one run for each length."""
+        first = parts[0][0]
+        if not first.holds:
+            return looked_up(base(*args, **kwargs))
+        named = first.inputs.named(args, kwargs)
+        x = named.get(first.inputs.tokens)
+        B = (x if x is not None else named[first.inputs.embeds]).shape[0]
+        kinds: dict[tuple, list] = {}
+        for part in parts:
+            kinds.setdefault((part[0].n, str(part[0].at), part[0].causal, part[0].keep), []).append(part)
+        rest = torch.ones(B, dtype=torch.bool)
+        for *_, rows in parts:
+            rest[rows.cpu()] = False
+        if len(kinds) == 1 and not rest.any():
+            return first.with_rows(base, parts, B, named)
+        if first.inputs.mask is not None and {s.at for s, *_ in parts} == {"start"} and not any(s.keep for s, *_ in parts):
+            return first.with_rows(base, parts, B, named, padded=True)
+        if any(s.keep for s, *_ in parts) or _cached(named) or named.get("use_cache"):
+            raise ValueError(f"rows at {base.path!r} have different numbers of virtual tokens, kept or in a cache: they can then differ at the start alone")
+        runs = [(p[0][0].with_rows(base, p, B, named), torch.cat([rows for *_, rows in p])) for p in kinds.values()]
+        runs += [(base(**named), rest.nonzero()[:, 0])] if rest.any() else []
+        return outputs.joined([out for out, _ in runs], [rows for _, rows in runs], B)
+
+    def with_rows(self, base: Base, parts: list, B: int, named: dict, padded: bool = False):
+        """One run whose rows have prompts of their own; padded: of different lengths."""
+        P, there = together([self.look(torch.zeros(0, dtype=torch.long)) if P is None else P for _, P, _ in parts], [r for *_, r in parts], B)
+        prompt = Prompt(P, self.at, self.causal, self.keep, there.sum(1) if padded else None)
+        return inserted(base, self.inputs, self.table, prompt, (), named)
