@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .patterns import PatternError
     from .positions import positions
     from .quant.api import dequantize, quantize
+    from .quant.load import load_quantized
     from .registry import methods
     from .report import report
     from .route import route
@@ -44,6 +45,7 @@ _WHERE = {
     **dict.fromkeys(("drop_network", "prefix_from"), "networks"),
     "positions": "positions",
     **dict.fromkeys(("quantize", "dequantize"), "quant.api"),
+    "load_quantized": "quant.load",
     "report": "report",
     "route": "route",
     "estimate": "estimate",
@@ -52,9 +54,9 @@ _WHERE = {
 }
 
 __all__ = [
-    "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "dequantize", "disabled", "drop_network", "ema_update", "estimate",
-    "freeze", "load", "merge", "methods", "param_groups", "plan", "positions", "prefix_from", "report", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze",
-    "unmerge", "unwrap", "using", "view", "watch", "wrap",
+    "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "dequantize", "disabled", "drop_network",
+    "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "param_groups", "plan", "positions", "prefix_from", "report",
+    "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view", "watch", "wrap",
 ]  # fmt: skip
 
 

@@ -62,12 +62,12 @@ def refuse_by_hand(base: Base) -> None:
 
 def passed_on(func: Callable, args: tuple, kwargs: dict):
     """A call that a mode only lets through. Dynamo cannot follow the methods of tensors that are written in Python, only their names."""
-    if torch.compiler.is_compiling() and func in _PYTHON_METHODS:
+    if torch.compiler.is_compiling() and func.__name__ in _PYTHON_METHODS and isinstance(args[0], Tensor):
         return getattr(args[0], func.__name__)(*args[1:], **kwargs)
     return func(*args, **kwargs)
 
 
-_PYTHON_METHODS = {f for f in vars(Tensor).values() if isinstance(f, types.FunctionType)}
+_PYTHON_METHODS = {name for name, f in vars(Tensor).items() if isinstance(f, types.FunctionType)}
 
 
 class Attend(TorchFunctionMode):
@@ -115,6 +115,8 @@ def weighed_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None,
     if attn_mask is None:
         w = torch.bmm(q, k.mT)
     else:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill(~attn_mask, float("-inf"))
         w = torch.baddbmm(attn_mask.expand(B, H, *attn_mask.shape[-2:]).reshape(B * H, -1, k.shape[1]), q, k.mT)
     w = F.softmax(w, dim=-1)
     w = F.dropout(w, dropout_p) if dropout_p > 0 else w

@@ -651,7 +651,7 @@ def _merge(t: _Trial) -> None:
     for s in rows.values():
         s.row.merges = True
     try:
-        merge(t.root, names)
+        merge(t.root, names, onto="dequantized" if any(isinstance(m, layers.Quantised) for m in t.root.modules()) else None)
     except (ValueError, RuntimeError) as e:
         for s in rows.values():
             s.row.fail("merges", str(e))
@@ -665,7 +665,11 @@ def _merge(t: _Trial) -> None:
     if not good:
         culprit = _Layers(t).first_other(merged, t.tolerance())
         for s in _blame(list(rows.values()), culprit):
-            s.row.fail("merges", "the merged model gives another output than the wrapped one: the method's forward is not its definition")
+            s.row.fail(
+                "merges",
+                "the merged model gives another output than the wrapped one: its weight is also read where the layer is "
+                f"not called (then wrap(..., read={s.row.path!r}) helps), or the method's forward is not its definition",
+            )
     for s in rows.values():
         host = s.site.host
         if any((bits(p), p.data_ptr()) != marks[id(host), n] for n, p in host._parameters.items() if p is not None):

@@ -32,9 +32,10 @@ from .io.file import encode
 from .io.native import _settings, _site_facts, fingerprint
 from .method import Method
 from .patterns import PatternError
+from .quant.codes import TILE
 from .registry import resolve
 from .report import acts
-from .sites import default_targets, ensure_module, join, storage
+from .sites import default_targets, ensure_module, identity, join
 from .table import table
 from .wrap import _Request, _request, attach, build, check_method
 
@@ -300,15 +301,15 @@ def _device(model: nn.Module) -> torch.device:
 
 def _held(model: nn.Module) -> tuple[int, int]:
     """(entries of the base's parameters, bytes of everything the model holds), tied tensors once."""
-    seen: dict[int, int] = {}
+    seen: dict[tuple, int] = {}
     for t in (*model.parameters(), *model.buffers()):
-        seen.setdefault(storage(t), t.numel() * t.element_size())
-    own = {storage(p): layers.outline(m, n).numel() for _, m in walk(model) for n, p in m._parameters.items() if p is not None}
+        seen.setdefault(identity(t), t.numel() * t.element_size())
+    own = {identity(p): layers.outline(m, n).numel() for _, m in walk(model) for n, p in m._parameters.items() if p is not None}
     return sum(own.values()), sum(seen.values())
 
 
 def _base_bytes(req: _Request, facts: _Facts, want: _Want) -> tuple[int, int]:
-    """(bytes that quantising the frozen linear weights saves, the largest of these weights as it is unpacked for its product)."""
+    """(bytes that quantising the frozen linear weights saves, the largest tile of these weights that is decoded for a product)."""
     if want.base is None:
         return 0, 0
     saved = largest = 0
@@ -316,12 +317,13 @@ def _base_bytes(req: _Request, facts: _Facts, want: _Want) -> tuple[int, int]:
     whole = [Site(m, p[0], rule=rule) for m, p in ((m, req.model.paths[k]) for k, m in req.model.modules.items()) if (rule := layers.rule_of(m))]
     for site in default_targets(req.model, [s for s in whole if s.rule is not layers.OPAQUE], _Linears):
         W = site.raw_tensor
-        if storage(W) in done or not W.is_floating_point():
+        if identity(W) in done or not W.is_floating_point():
             continue
-        done.add(storage(W))
+        done.add(identity(W))
         size = W.numel() * W.element_size()
         saved += size - nf4_bytes(W.numel(), want.double_quant)
-        largest = max(largest, size)
+        tile = min(W.numel(), TILE)
+        largest = max(largest, tile * (4 if W.dtype == torch.float32 else 4 + W.element_size()))  # decoded, and cast
     return saved, largest
 
 
@@ -334,9 +336,9 @@ class _Linears(Method):
 
 
 def nf4_bytes(n: int, double_quant: bool = True) -> int:
-    """Bytes of n entries at 4 bits: codes, one scale a block of 64, and with double quantisation 8-bit scales with one float32 for 256 of them."""
+    """Bytes of n entries at 4 bits: codes, one scale a block of 64, and with double quantisation 8-bit scales with one float32 for 256 of them and their mean."""
     blocks = -(-n // BLOCK)
-    return -(-n // 2) + (blocks + 4 * -(-blocks // SCALES) if double_quant else 4 * blocks)
+    return -(-n // 2) + (blocks + 4 * -(-blocks // SCALES) + 4 if double_quant else 4 * blocks)
 
 
 # ---------------------------------------------------------------- counts
@@ -381,7 +383,7 @@ class _Facts:
     tensor_bytes: int = 0
     header_bytes: int = 0
     trained: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
-    in_place: set[int] = field(default_factory=set)  # storages
+    in_place: set[tuple] = field(default_factory=set)  # identities
 
     @property
     def trainable(self) -> int:
@@ -428,7 +430,7 @@ class _Facts:
         if kind.method.in_place:
             p = site.raw_tensor
             self.trained += _shapes([p])
-            self.in_place.add(storage(p))
+            self.in_place.add(identity(p))
             tensors[join(host_path, site.param)] = _shaped(p, "meta")
 
     def _add_common(self, common: nn.Module | None, name: str, tensors: dict[str, Tensor]) -> None:

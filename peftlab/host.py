@@ -49,6 +49,7 @@ class Site:
     read_only: bool = False  # the parent reads the weight without calling the host
     names: tuple[str, ...] = ()  # every path that a pattern may use for it
     explicit: bool = False  # only a pattern that spells its last component means it
+    unstated: bool = False  # a parameter with three dimensions of which nobody said which is which
     n_out: int = 0
     n_in: int = 0
     shape: tuple[int, ...] = ()
@@ -192,6 +193,7 @@ class Stack(nn.Module):
     history: deque[tuple[int, Links]]  # what acted until when, for forwards that backward will run again
     lost: int  # until when it is forgotten what acted
     alias: dict[str, tuple[nn.Module, str]]  # tied parameters that follow another host's adapters
+    onto: object  # what adapters are merged onto where the base is quantised
     untied: dict[str, nn.Parameter | None]  # tied parameters of which this end alone is adapted; what it shared, while it has its own
     unready: set[str]  # adapters built on meta whose start values are still to come
     fused: tuple[Stack, ...]  # stacks whose calls torch's fused kernel of this module would leave out
@@ -204,7 +206,7 @@ class Stack(nn.Module):
         self.sites, self.active, self.merged, self.lossy = {}, (), (), ()
         self.links, self.made, self.history, self.lost = NOTHING, {}, deque(maxlen=REMEMBERED), 0
         self.silent, self.read = False, read
-        self.alias, self.untied, self.unready = {}, {}, set()
+        self.alias, self.untied, self.unready, self.onto = {}, {}, set(), None
         self.fused, self.route, self.within, self.chosen = (), None, (), None
 
     # ---- adapters
@@ -263,7 +265,7 @@ class Stack(nn.Module):
         within = tuple((s, tuple(s._links(names) for names, _ in route.groups)) for s in self.within)
         same = [next(i for i in range(len(every)) if every[i] == links and all(g[i] == g[j] for _, g in within)) for j, links in enumerate(every)]
         first = sorted(set(same))
-        if len(first) == 1 and not within:
+        if not any(any(links[:2]) for links in every) and not within:
             return every[0]
         parts = tuple((every[i], tuple(r for j, (_, rows) in enumerate(route.groups) if same[j] == i for r in rows)) for i in first)
         return Links((), (), Routed(route, parts, tuple((s, tuple(g[i] for i in first)) for s, g in within)))
@@ -541,7 +543,7 @@ def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     """Run the host with these links; the last one is outermost."""
     if not links:
         y = type(host)._original.forward(host, *args, **kwargs)
-        if torch.is_grad_enabled() and args and _cut(args[0], y) and layers.is_opaque_linear(host):
+        if args and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _cut(args[0], y) and layers.is_opaque_linear(host):
             raise RuntimeError(
                 f"a {original_class(host).__name__} has no backward: through its frozen call no gradient reaches what lies below. Adapt layers above it "
                 "alone, run what is below under torch.no_grad(), or use a layer whose call is differentiable."
@@ -593,10 +595,16 @@ class _Part(Link):
         return y[..., self.part] if isinstance(self.part, slice) else y.index_select(-1, self.part.to(y.device))
 
 
+def _adapter(method: Method) -> str | None:
+    """The adapter that a method belongs to; None for the probes of a calibration."""
+    recipe = method.__dict__.get("recipe")
+    return None if recipe is None else recipe.name
+
+
 def _by_parts(host: nn.Module, links: tuple, x: Tensor) -> Tensor:
     """The parts of a fused projection that the uppermost adapter changes, each by its own fast path on its own output features."""
-    name, first = links[-1][1].recipe.name, len(links)
-    while first and links[first - 1][0].rows is not None and links[first - 1][1].recipe.name == name:
+    first, name = len(links), _adapter(links[-1][1])
+    while first and links[first - 1][0].rows is not None and _adapter(links[first - 1][1]) == name:
         first -= 1
     below, acting = links[:first], links[first:]
     y = call(host, below, (x,), {})

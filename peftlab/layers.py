@@ -48,7 +48,7 @@ def outline(m: nn.Module, param: str) -> Tensor | None:
     if not holds_codes(m, param):
         return m._parameters.get(param)
     form = m.peftlab_formats[param]
-    return torch.empty(form.shape[::-1] if m._packed_flip else form.shape, dtype=form.dtype, device="meta")
+    return torch.empty(form.shape[::-1] if m._packed_flip else form.shape, dtype=form.out, device="meta")
 
 
 class Rule:
@@ -148,18 +148,37 @@ class Conv1D(Linear):
         return W.t()
 
 
+def computed(m: nn.Module) -> str:
+    """How to make the weight of this layer a plain parameter, where torch computes it from other ones ("" where it does not)."""
+    if torch.nn.utils.parametrize.is_parametrized(m, "weight"):
+        return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    if isinstance(m.__dict__.get("weight"), Tensor):  # the older way: a hook sets it before every call
+        return "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+    return ""
+
+
+def why_opaque(m: nn.Module) -> str:
+    """What stands between a method and this layer's weight, and the remedy if there is one."""
+    cure = computed(m)
+    return (
+        f"computes its weight from other parameters and only offers a call; {cure} makes it a plain layer"
+        if cure
+        else "keeps its weight packed and only offers a call"
+    )
+
+
 class Opaque(Linear):
     """A linear that can be called but whose weight is packed (a foreign quantised layer)."""
 
     name = "opaque"
 
     def matrix(self, m, raw):
-        raise NeedsWeight(f"{type(m).__name__} keeps its weight packed and only offers a call")
+        raise NeedsWeight(f"{type(m).__name__} {why_opaque(m)}")
 
     raw = matrix
 
     def affine(self, m, W, b, x):
-        raise NeedsWeight(f"{type(m).__name__} keeps its weight packed and only offers a call")
+        raise NeedsWeight(f"{type(m).__name__} {why_opaque(m)}")
 
     def plus(self, m, W, b, x, B, h):
         return None

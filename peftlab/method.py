@@ -35,6 +35,7 @@ class Method(nn.Module):
     replaces: ClassVar[bool] = False  # holds a trained copy: the frozen value does not matter
     fast: ClassVar[tuple[str, ...]] = ()  # tensors that LoRA+ gives the larger learning rate
     needs_data: str | None = None  # "inputs" or "gradients": the start is computed from batches
+    seen: object = None  # what `observe` has kept of them
     in_place: bool = False  # trains the base tensor itself
     scheduled: bool = False  # set by `schedule`
 

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -71,6 +71,30 @@ def matches(pattern: Pattern, path: str, module: nn.Module) -> bool:
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(path) is not None
     return bool(pattern(path, module))
+
+
+class Matcher:
+    """Many patterns asked about many paths: plain names are looked up by trailing components, the others are tried one by one."""
+
+    def __init__(self, patterns: Sequence[Pattern]):
+        self.plain: dict[str, list[int]] = {}
+        self.rest: list[tuple[int, Pattern]] = []
+        for i, p in enumerate(patterns):
+            if is_plain(p):
+                self.plain.setdefault(p, []).append(i)
+            else:
+                self.rest.append((i, p))
+
+    def of(self, path: str, module: nn.Module) -> set[int]:
+        """The numbers of the patterns that match."""
+        found = {i for i, p in self.rest if matches(p, path, module)}
+        tail = path
+        while self.plain:
+            found.update(self.plain.get(tail, ()))
+            _, dot, tail = tail.partition(".")
+            if not dot:
+                break
+        return found
 
 
 def specificity(pattern: Pattern) -> int:

@@ -27,6 +27,7 @@ class Entry:
     paper: str = ""
     trains: str = ""
     structure: str = ""
+    rate: float | None = None  # Adam's learning rate to begin with, found on validation data
     hyper: dict = field(default_factory=dict)  # keywords that an alias sets
 
     @property
@@ -41,7 +42,7 @@ def names() -> tuple[str, ...]:
 
 
 def _sections(doc: str) -> dict[str, str]:
-    found = re.findall(r"^(Trains|Structure|Family|Paper|Aliases|Differs):\s*(.*(?:\n(?![A-Z]\w+:).+)*)", doc, re.M)
+    found = re.findall(r"^(Trains|Structure|Family|Paper|Rate|Aliases|Differs):\s*(.*(?:\n(?![A-Z]\w+:).+)*)", doc, re.M)
     return {k: " ".join(v.split()) for k, v in found}
 
 
@@ -61,6 +62,7 @@ def entries() -> dict[str, Entry]:
         doc = _doc(name)
         sec = _sections(doc)
         common = dict(family=sec.get("Family", ""), paper=sec.get("Paper", ""), trains=sec.get("Trains", ""), structure=sec.get("Structure", ""))
+        common["rate"] = float(sec["Rate"]) if "Rate" in sec else None
         found[name] = Entry(name, name, doc.split("\n")[0], **common)
         for part in filter(None, (p.strip() for p in sec.get("Aliases", "").split(";"))):
             alias, call = (s.strip() for s in part.rstrip(".").split("=", 1))

@@ -15,7 +15,7 @@ from .method import Method
 from .patterns import matches
 from .sites import Model, ensure_module
 from .table import table
-from .wrap import adapter_modules, ledgers
+from .wrap import adapter_modules, ledgers, place
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def report(model: nn.Module) -> Report:
         if site is not None:
             stack = here[id(m)]
             where = dict(mode=mode_of(view, stack, site, m), pattern=_meant(asked.get(name), site), note=_note(m))
-            rows.append(Row(site.path, m.recipe.label, name, active=name in stack.active, merged=name in stack.merged, **facts, **where))
+            rows.append(Row(place(name, path, site), m.recipe.label, name, active=name in stack.active, merged=name in stack.merged, **facts, **where))
         elif facts["dtype"] is not None:
             where = dict(mode="shared", pattern="", note=_shared_note(m))
             rows.append(Row(path, labels.get(name, "-"), name, active=name in active, merged=False, **facts, **where))

@@ -36,6 +36,8 @@ def route(model: nn.Module, names: Iterable[str | Iterable[str] | None], *, batc
             During the block, a layer whose batch does not have that many rows raises with its path.
     """
     found, there = survey(ensure_module(model))
+    if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+        raise ValueError(f"batch_dim={batch_dim!r}: the number of a dimension, counted from 0")
     wanted = _rows(names, there)
     outside_disabled(model, found)
     _refuse(found, {n for row in wanted for n in row})
@@ -91,7 +93,7 @@ def _boundaries(root: nn.Module, found: list[tuple[str, nn.Module, Stack]]) -> l
     within: dict[int, tuple[nn.Module, list[Stack]]] = {}
     for host, s in read:
         top = host
-        while up := [p for p in parents.get(id(top), ()) if isinstance(p, READERS)]:
+        while up := [p for p in _above(parents, top) if isinstance(p, (*READERS, nn.TransformerEncoder))]:
             top = up[0]
         sources = [s, *(h._modules[CHILD] for h, _ in s.alias.values())]
         within.setdefault(id(top), (top, []))[1].extend(t for t in sources if t.sites)
@@ -102,6 +104,11 @@ def _boundaries(root: nn.Module, found: list[tuple[str, nn.Module, Stack]]) -> l
     return lent
 
 
+def _above(parents: dict[int, list[nn.Module]], m: nn.Module) -> list[nn.Module]:
+    """The modules that hold `m`, lists of modules apart."""
+    return [q for p in parents.get(id(m), ()) for q in ([p] if not isinstance(p, nn.ModuleList) else _above(parents, p))]
+
+
 # ---------------------------------------------------------------- one module's call
 
 
@@ -109,6 +116,8 @@ def run(host: nn.Module, stack: Stack, routed: Routed, args: tuple, kwargs: dict
     """The host's call with a batch whose rows have links of their own."""
     size = _batch_size(host, routed.route, args, kwargs)
     parts = [(links, _each(rows, size // routed.route.rows)) for links, rows in routed.parts]
+    if len(parts) == 1 and not routed.within:
+        return hosts.run_links(host, stack, parts[0][0], args, kwargs)
     if routed.within:
         call = functools.partial(_whole, host, routed, parts, size)
     elif any(links.weights for links, _ in parts):
@@ -128,7 +137,8 @@ _INPUTS = ("hidden_states", "input_ids", "inputs_embeds", "input", "x", "query",
 
 def _dim(host: nn.Module, route: Route) -> int:
     """The batch's dimension in the host's input and first output."""
-    teller = getattr(host, "self_attn", host) if isinstance(host, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else host
+    layer = host.layers[0] if isinstance(host, nn.TransformerEncoder) else host  # the encoder looks at its first layer's weights
+    teller = getattr(layer, "self_attn", layer) if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else layer
     if isinstance(teller, (nn.RNNBase, nn.MultiheadAttention)):
         return 0 if teller.batch_first else 1
     return route.dim

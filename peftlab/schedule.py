@@ -265,7 +265,7 @@ def param_groups(
             parameters, and for a group that is asked for and would be empty.
     """
     for name, value in (("lr", lr), ("b_ratio", b_ratio), ("embedding_lr", embedding_lr)):
-        if value is not None and finite(name, value) <= 0:
+        if (value is not None or name == "lr") and finite(name, value) <= 0:
             raise ValueError(f"{name}={value!r}: must be positive")
     if finite("weight_decay", weight_decay) < 0:
         raise ValueError(f"weight_decay={weight_decay!r}: must not be negative")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import Site, original_class, runs_whole, walk
+from .host import CHILD, Site, original_class, runs_whole, walk
 from .method import Method
-from .patterns import PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
+from .patterns import Matcher, PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
 from .registry import names as registered
 from .registry import resolve
 from .structure import PLACES, blocks, head
@@ -28,7 +28,7 @@ class Model:
     paths: dict[int, list[str]] = field(default_factory=dict)
     modules: dict[int, nn.Module] = field(default_factory=dict)
     parents: dict[int, list[nn.Module]] = field(default_factory=dict)
-    owners: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)  # storage -> (module, parameter)
+    owners: dict[tuple, list[tuple[nn.Module, str]]] = field(default_factory=dict)  # identity of a tensor -> (module, parameter)
     at: dict[str, nn.Module] = field(default_factory=dict)  # path -> module
 
     @classmethod
@@ -46,7 +46,7 @@ class Model:
                     if isinstance(p, nn.parameter.UninitializedParameter):
                         raise ValueError(f"{path!r} is a {type(m).__name__} whose shape is not known yet: run one batch through the model first")
                     if p is not None:
-                        self.owners.setdefault(storage(p), []).append((m, name))
+                        self.owners.setdefault(identity(p), []).append((m, name))
         return self
 
     def path(self, m: nn.Module) -> str:
@@ -63,6 +63,17 @@ def storage(t: Tensor) -> int:
         return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(t)
+
+
+def identity(t: Tensor) -> tuple:
+    """The same for two tensors that are views of the same entries in the same order; parts of one flat buffer differ."""
+    memory = storage(t)
+    return (memory,) if memory == id(t) else (memory, t.storage_offset(), tuple(t.shape), t.stride())
+
+
+def extent(t: Tensor) -> tuple[int, int]:
+    """The first entry of its memory that a tensor uses, and one past the last."""
+    return t.storage_offset(), t.storage_offset() + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1
 
 
 def join(*parts: str) -> str:
@@ -86,12 +97,18 @@ def candidates(model: Model, cls: type[Method], split: Mapping, layout: Mapping,
         else:
             yield from _matrices(m, paths, split, layout, _is_read(model, m, read, used), used)
     for what, given in (("split", split), ("layout", layout), ("read", dict.fromkeys(read))):
-        if cls.on != "matrix" and what != "read":
-            continue  # these say something about matrices, which the method does not look at
+        if given and cls.on != "matrix" and what != "read":
+            raise ValueError(f"{what}={given!r} says something about matrices, and {cls.__name__} acts on {'whole tensors' if cls.on == 'tensor' else 'calls'}")
         for pattern in given:
             if not used[what, show(pattern)]:
-                there = [p for ps in model.paths.values() for p in ps if p]
-                raise PatternError(f"{what}: {show(pattern)} matches nothing.{did_you_mean(str(pattern), there)}")
+                raise PatternError(f"{what}: {show(pattern)} {_why_unused(model, pattern, what)}")
+
+
+def _why_unused(model: Model, pattern, what: str) -> str:
+    hit = next((m for p, m in model.at.items() if p and matches(pattern, p, m)), None)
+    if what == "layout" and hit is not None:
+        return f"is a {original_class(hit).__name__}: only raw parameters with two or three dimensions have a layout to state"
+    return f"matches nothing.{did_you_mean(str(pattern), [p for ps in model.paths.values() for p in ps if p])}"
 
 
 def _called(model: Model, m: nn.Module) -> Site:
@@ -135,6 +152,7 @@ def _matrices(m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, r
         shape = tuple(raw.shape) if raw is not None and rule is not layers.OPAQUE else (n_out, n_in)
         names = tuple(paths) + tuple(join(p, "weight") for p in paths)
         whole = Site(m, paths[0], "", "matrix", "weight", bias, rule, n_out=n_out, n_in=n_in, shape=shape, names=names, read_only=not surround)
+        whole.explicit = any(matches(pattern, p, m) for pattern in split for p in paths)  # its parts are meant, unless it is called by its name
         yield whole
         taken: set[int] = set()
         for pattern, parts in split.items():
@@ -175,11 +193,11 @@ def _raw_parameter(m: nn.Module, paths: list[str], name: str, p: Tensor, layout:
             order = value
     if order is None and p.ndim == 3 and isinstance(getattr(m, "is_transposed", None), bool):
         order = "eio" if m.is_transposed else "eoi"
-    allowed = {2: ("oi", "io"), 3: ("eoi", "eio")}.get(p.ndim, ())
+    allowed = {2: ("oi", "io"), 3: ("eoi", "eio", "flat")}.get(p.ndim, ())
     if order is not None and order not in allowed:
         raise ValueError(f"layout {order!r} of {own[0]!r} with {p.ndim} dimensions: one of {', '.join(map(repr, allowed)) or 'none'}")
     flip = order in ("io", "eio")
-    if order is None or p.ndim == 2:
+    if order in (None, "flat") or p.ndim == 2:
         n_out, n_in = (p.shape[1], p.shape[0]) if flip else layers.features(m, layers.MATRIX, p)
         yield Site(
             m,
@@ -192,6 +210,7 @@ def _raw_parameter(m: nn.Module, paths: list[str], name: str, p: Tensor, layout:
             transposed=flip,
             names=tuple(own),
             explicit=True,
+            unstated=order is None and p.ndim == 3,
             n_out=n_out,
             n_in=n_in,
             shape=tuple(p.shape),
@@ -302,6 +321,8 @@ def _picked(n: int, rows: object, where: str) -> Tensor:
     """Explicit rows (indices, a mask, a slice, a range) as indices into n rows."""
     try:
         index = rows if isinstance(rows, (slice, Tensor)) else torch.as_tensor(list(rows))
+        if isinstance(index, Tensor) and index.dtype != torch.bool and bool((index < 0).any()):
+            raise IndexError(rows)
         return torch.arange(n)[index].reshape(-1)
     except (TypeError, ValueError, IndexError, RuntimeError):
         raise ValueError(f"{where}: give a size, or rows among 0..{n - 1}") from None
@@ -343,7 +364,26 @@ def select_from(model: Model, cls: type[Method], label: str, there: list[Site], 
         raise ValueError("of= says whose layers are meant: give layers= too")
     if not found:
         raise PatternError(f"nothing is left for {label}: exclude= or layers= took away every site of {counts}")
+    _refuse_overlap(found, label)
+    _refuse_unstated(found)
     return found, counts
+
+
+def _refuse_unstated(found: list[Site]) -> None:
+    site = next((s for s in found if s.unstated), None)
+    if site is not None:
+        raise ValueError(
+            f"{site.path!r} has the shape {site.shape}: say layout={{{site.path!r}: ...}} with 'eoi' or 'eio' for one matrix (n_out, n_in) or (n_in, n_out) an "
+            "expert, or 'flat' for one matrix whose rows are the first dimension"
+        )
+
+
+def _refuse_overlap(found: list[Site], label: str) -> None:
+    """One adapter does not change a weight twice: as a whole and by its parts."""
+    whole = {(id(s.host), s.param): s for s in found if s.kind == "matrix" and s.rows is None and s.expert is None}
+    for s in found:
+        if s.rows is not None and (id(s.host), s.param) in whole:
+            raise PatternError(f"{label} would change {s.path!r} twice: as that, and as a part of {whole[id(s.host), s.param].path!r}. Target one of them.")
 
 
 def _mapping(what: str, given: object) -> dict:
@@ -361,11 +401,15 @@ def _matched(model: Model, cls, label: str, there: list[Site], patterns: list, c
     if not patterns:
         raise PatternError(f"targets is empty: {label} would sit nowhere")
     problems = []
-    for pattern in patterns:
+    matcher = Matcher(patterns)
+    by_path: list[list[Site]] = [[] for _ in patterns]
+    for s in there:
+        for i in set().union(*(matcher.of(n, s.host) for n in s.names)):
+            if not s.explicit or spells_last(patterns[i]):
+                by_path[i].append(s)
+    for pattern, hits in zip(patterns, by_path, strict=True):
         if isinstance(pattern, str) and pattern.startswith(":"):
             hits = _structural(model, pattern, there)
-        else:
-            hits = [s for s in there if any(matches(pattern, n, s.host) for n in s.names) and (not s.explicit or spells_last(pattern))]
         fit = [s for s in hits if cls.fits(s)]
         counts[pattern if isinstance(pattern, str) else show(pattern)] = len(fit)
         if fit:
@@ -380,8 +424,8 @@ def _matched(model: Model, cls, label: str, there: list[Site], patterns: list, c
 
 def beside(model: Model, cls: type[Method], found: list[Site], hyper: dict) -> list[Site]:
     """The modules that the method asks for besides those that were meant."""
-    there = [s.host for s in found]
-    asked = [m for m in cls.beside(model, there, hyper) if all(m is not h for h in there)]
+    there = {id(s.host): s.host for s in found}
+    asked = [m for m in cls.beside(model, [s.host for s in found], hyper) if id(m) not in there]
     return [_called(model, m) for m in dict.fromkeys(asked)]
 
 
@@ -407,6 +451,12 @@ def _explain(model: Model, cls, label: str, there: list[Site], problems: list, c
         inside = [p for p, m in model.at.items() if p and matches(pattern, p, m)]
         if inside:
             below = [n for n in fitting if n.startswith(inside[0] + ".")]
+            cure = layers.computed(model.at[inside[0]])
+            if cure:
+                lines.append(
+                    f"{show(pattern)} is a layer whose weight is computed from other parameters, which {label} does not fit; {cure} makes it a plain one."
+                )
+                continue
             hint = f" Below it there are {len(below)} that {label} fits, such as {below[0]!r}: use a glob." if below else did_you_mean(str(pattern), fitting)
             lines.append(
                 f"{show(pattern)} is a {original_class(model.at[inside[0]]).__name__}, which {label} does not fit.{hint}"
@@ -435,8 +485,10 @@ def _alternatives(model: Model, hosts: list[nn.Module]) -> str:
     return f" Methods that fit there: {', '.join(names)}." if names else ""
 
 
-def _under(pattern, site: Site, model: Model) -> bool:
-    return any(under(pattern, n, model.at, site.host) for n in site.names)
+def _meant(matcher: Matcher, site: Site, model: Model) -> set[int]:
+    """The numbers of the patterns that mean this site or anything it lies in."""
+    paths = {a for n in site.names for a in _ancestors(n) if a}
+    return set().union(*(matcher.of(a, model.at.get(a, site.host)) for a in paths))
 
 
 def under(pattern, path: str, at: Mapping[str, nn.Module], host: nn.Module) -> bool:
@@ -445,11 +497,13 @@ def under(pattern, path: str, at: Mapping[str, nn.Module], host: nn.Module) -> b
 
 
 def _without(model: Model, found: list[Site], there: list[Site], patterns: list) -> list[Site]:
-    for pattern in patterns:
-        if not any(_under(pattern, s, model) for s in there) and not any(matches(pattern, p, m) for p, m in model.at.items() if p):
+    matcher = Matcher(patterns)
+    meant = {id(s): _meant(matcher, s, model) for s in there}
+    used = set().union(*meant.values(), *(matcher.of(p, m) for p, m in model.at.items() if p))
+    for i, pattern in enumerate(patterns):
+        if i not in used:
             raise PatternError(f"exclude: {show(pattern)} matches nothing.{did_you_mean(str(pattern), [s.path for s in there])}")
-        found = [s for s in found if not _under(pattern, s, model)]
-    return found
+    return [s for s in found if not meant[id(s)]]
 
 
 def _in_layers(model: Model, found: list[Site], chosen, of: str | None) -> list[Site]:
@@ -488,7 +542,7 @@ def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[
         return _structural(model, cls.place, there)
     if cls.on != "matrix":
         return there
-    usable = [s for s in there if cls.fits(s) and not s.explicit and (s.rows is None or _of_attention(s))]
+    usable = [s for s in there if cls.fits(s) and not s.explicit]
     linear = [s for s in usable if isinstance(s.rule, layers.Linear) or _of_attention(s)]
     rest = [s for s in usable if isinstance(s.rule, layers.Conv) or isinstance(s.host, (nn.RNNBase, nn.RNNCellBase))]
     heads = head(model)
@@ -510,19 +564,20 @@ def _of_attention(s: Site) -> bool:
 def settings(model: Model, sites: list[Site], hyper: dict, overrides: Mapping | None, check) -> list[dict]:
     """The hyper-parameters of each site: the common ones, changed by the most specific override that matches."""
     given = list(_mapping("overrides", overrides).items())
-    used = Counter()
+    used: set[int] = set()
     for pattern, changes in given:
         if not isinstance(changes, Mapping):
             raise TypeError(f"overrides: {show(pattern)} maps to {changes!r}; give a dict of options")
         check(dict(changes), f" (in overrides, {show(pattern)})")
+    matcher = Matcher([pattern for pattern, _ in given])
     out = []
     for s in sites:
         wishes: dict[str, list[tuple[int, object, object]]] = {}
-        for pattern, changes in given:
-            if _under(pattern, s, model):
-                used[show(pattern)] += 1
-                for k, v in changes.items():
-                    wishes.setdefault(k, []).append((specificity(pattern), pattern, v))
+        meant = sorted(_meant(matcher, s, model)) if given else ()
+        used.update(meant)
+        for pattern, changes in (given[i] for i in meant):
+            for k, v in changes.items():
+                wishes.setdefault(k, []).append((specificity(pattern), pattern, v))
         mine = dict(hyper)
         for k, found in wishes.items():
             best = [w for w in found if w[0] == max(level for level, _, _ in found)]
@@ -530,37 +585,76 @@ def settings(model: Model, sites: list[Site], hyper: dict, overrides: Mapping | 
                 raise PatternError(f"overrides: {show(best[0][1])} and {show(best[1][1])} both set {k} at {s.path!r} and neither is more specific")
             mine[k] = best[0][2]
         out.append(mine)
-    for pattern, _ in given:
-        if not used[show(pattern)]:
+    for i, (pattern, _) in enumerate(given):
+        if i not in used:
             raise PatternError(f"overrides: {show(pattern)} matches none of the {len(sites)} sites.{did_you_mean(str(pattern), [s.path for s in sites])}")
     return out
 
 
 def resolve_ties(model: Model, sites: list[Site], tie: str | None, label: str) -> list[Site]:
-    """Tied tensors, found by storage, need an explicit choice; `share` adapts every owner alike, `untie` only the one targeted."""
+    """Tied tensors, found by their memory, need an explicit choice; `share` adapts every owner alike, `untie` only the one targeted."""
     if tie not in (None, "share", "untie"):
         raise ValueError(f"tie={tie!r}: one of 'share', 'untie'")
-    out, shared = [], set()
+    out: dict[object, Site] = {}
     for s in sites:
         p = s.raw_tensor
-        others = [o for o in model.owners.get(storage(p), ()) if o[0] is not s.host] if p is not None else []
-        if not others:
-            out.append(s)
+        others = [o for o in model.owners.get(identity(p), ()) if o[0] is not s.host or o[1] != s.param] if p is not None else []
+        key: object = id(s)
+        if others:
+            if tie is None:
+                raise ValueError(
+                    f"{join(model.path(s.host), s.param)!r} and {join(model.path(others[0][0]), others[0][1])!r} are one tensor (tied): {label} at {s.path!r} "
+                    "would act on one end only. Say tie='share' (both ends see the change) or tie='untie' (only this end), or exclude it."
+                )
+            s.tied, s.shared = tuple(others), tie == "share"
+            s.read_only = s.read_only or tie == "share" or any(h is s.host for h, _ in others)
+            if tie == "share":
+                key = (identity(p), s.key if s.rows is not None or s.expert is not None else None)
+        if key not in out or _adapted(s.host, s.param):  # where an earlier adapter sits, the next one joins it
+            out[key] = s
+    for s in out.values():
+        _refuse_other_end(model, s, label)
+    _refuse_common_memory(model, list(out.values()), tie)
+    return list(out.values())
+
+
+def _adapted(host: nn.Module, param: str | None) -> bool:
+    stack = host._modules.get(CHILD)
+    return stack is not None and any(s.param == param for pairs in stack.sites.values() for s, _ in pairs)
+
+
+def _refuse_other_end(model: Model, site: Site, label: str) -> None:
+    """Adapters that change one tensor sit at one end of it, each above the last; or each end has a tensor of its own."""
+    for host, param in site.tied:
+        if not _adapted(host, param) or (not site.shared and param in host._modules[CHILD].untied):
             continue
-        if tie is None:
-            where = join(model.path(others[0][0]), others[0][1])
-            raise ValueError(
-                f"{join(model.path(s.host), s.param)!r} and {where!r} are one tensor (tied): {label} at {s.path!r} would act on one end only. "
-                "Say tie='share' (both ends see the change) or tie='untie' (only this end), or exclude it."
-            )
-        s.tied, s.shared = tuple(others), tie == "share"
-        s.read_only = s.read_only or tie == "share"
-        key = (storage(p), s.key if s.rows is not None or s.expert is not None else None)
-        if tie == "share" and key in shared:
-            continue
-        shared.add(key)
-        out.append(s)
-    return out
+        raise ValueError(
+            f"{join(model.path(host), param)!r}, the other end of the tied tensor at {site.path!r}, has an adapter: {label} must sit at that end too. "
+            "Target it there, or unwrap the other one first."
+        )
+
+
+def _refuse_common_memory(model: Model, sites: Collection[Site], tie: str | None) -> None:
+    """A tensor that overlaps another without being the same cannot be changed for both."""
+    mine = {identity(s.raw_tensor): s for s in sites if s.raw_tensor is not None}
+    memories = {key[0] for key in mine}
+    places: dict[int, list[tuple[int, int, tuple]]] = {}
+    for key, owners in model.owners.items():
+        if len(key) > 1 and key[0] in memories:
+            host, param = owners[0]
+            places.setdefault(key[0], []).append((*extent(host._parameters[param]), key))
+    for found in places.values() if tie != "untie" else ():
+        end, last = -1, ()
+        for start, stop, key in sorted(found):
+            if start < end and (key in mine or last in mine):
+                ours, other = (key, last) if key in mine else (last, key)
+                host, param = model.owners[other][0]
+                raise ValueError(
+                    f"{mine[ours].path!r} and {join(model.path(host), param)!r} share some of their memory but are not the same tensor: "
+                    "say tie='untie' (only the one that is targeted changes), or exclude it"
+                )
+            if stop > end:
+                end, last = stop, key
 
 
 def ensure_module(model: object) -> nn.Module:

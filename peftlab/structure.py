@@ -20,6 +20,7 @@ from .virtual import stacks
 if TYPE_CHECKING:
     from .sites import Model
 
+
 def blocks(model: Model) -> dict[str, nn.Module]:
     """The repeated stacks of a model: lists of at least two children of one class, outermost first."""
     found = {}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import SHARED, STASH, Stack, bare, changes_bias, effective, paused_gc, pristine, refresh_alias_free, stacks, swap_out, walk
+from .host import SHARED, STASH, Stack, bare, changes_bias, effective, frozen, paused_gc, refresh_alias_free, stacks, swap_out, walk
 from .sites import ensure_module, join, storage
 from .table import table
 from .wrap import LEDGER, Ledger, adapter_modules, ledgers, named, outside_disabled, survey, which
@@ -49,16 +49,17 @@ def active(model: nn.Module) -> list[str]:
 @contextlib.contextmanager
 def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Module]:
     """Let exactly these adapters act inside the block, whatever acts outside it."""
-    before = [(s, s.active, s.merged) for _, _, s in stacks(ensure_module(model))]
+    before = [(s, s.active, s.merged, s.onto) for _, _, s in stacks(ensure_module(model))]
     activate(model, names)
     try:
         yield model
     finally:
-        for s, acting, _ in before:
+        for s, acting, _, _ in before:
             s.set_active(acting)
-        again = {n for s, _, merged in before for n in merged if n not in s.merged}
+        again = {n for s, _, merged, _ in before for n in merged if n not in s.merged}
         if again:
-            merge(model, again)
+            bases = {id(s): onto for s, _, _, onto in before}
+            _merge(model, again, True, False, lambda todo: [bases[id(s)] for _, _, s, _ in todo])
 
 
 @contextlib.contextmanager
@@ -84,8 +85,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for there, kept in swapped:
             now = there[0].data
             for t in there:
-                t.data = kept.data.view(t.shape)
-            kept.data = now
+                t.data = _fitted(kept.data, t)
+            kept.data = now.view(kept.dtype) if kept.dtype == torch.int32 else now
 
     turn(True)
     try:
@@ -115,10 +116,16 @@ def _changed_buffers(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass
 class MergeReport:
-    """Which layers were changed by a merge, by how much at most, and the memory that keeps their frozen bits."""
+    """Which layers were changed by a merge, by how much at most, and the memory that keeps their frozen bits.
+
+    `errors` has, for the packed weights of a quantised base, how far the stored weight is from the one that acted before the merge:
+    the Frobenius norm of the difference relative to that of the weight, which is also the expected relative error of the layer's output
+    for inputs without preferred directions.
+    """
 
     rows: list[tuple[str, str, float]]  # (path, parameter, max |change|)
     kept_bytes: int
+    errors: list[tuple[str, str, float]] = field(default_factory=list)  # (path, parameter, relative error)
 
     @property
     def layers(self) -> int:
@@ -128,9 +135,15 @@ class MergeReport:
     def max_delta(self) -> float:
         return max((d for _, _, d in self.rows), default=0.0)
 
+    def above(self, limit: float) -> list[tuple[str, str, float]]:
+        """The errors that exceed a limit."""
+        return [row for row in self.errors if row[2] > limit]
+
     def __repr__(self) -> str:
-        body = [(p, n, f"{d:.3e}") for p, n, d in self.rows]
-        return f"{table(('layer', 'tensor', 'max change'), body, right=(2,))}\n{self.layers} layers changed, {self.kept_bytes:,} bytes kept for unmerge"
+        errors = {(p, n): f"{e:.3e}" for p, n, e in self.errors}
+        body = [(p, n, f"{d:.3e}", errors.get((p, n), "")) for p, n, d in self.rows]
+        head = ("layer", "tensor", "max change", "error" if errors else "")
+        return f"{table(head, body, right=(2, 3))}\n{self.layers} layers changed, {self.kept_bytes:,} bytes kept for unmerge"
 
 
 def _stashed(stack: Stack) -> list[str]:
@@ -154,17 +167,33 @@ def _check_order(path: str, stack: Stack, merged: Iterable[str], acting: Iterabl
 
 
 @paused_gc()
-def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: bool = True, unload: bool = False) -> MergeReport:
+def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: bool = True, unload: bool = False, onto=None) -> MergeReport:
     """Fold active adapters into the frozen tensors (all active weight methods by default).
 
     Args:
         keep: hold the frozen bits so that `unmerge` and `disabled` are exact; their memory is in the report. `keep=False` is lossy.
         unload: take the merged adapters off afterwards, so that classes and forwards are the original ones.
+        onto: needed where the base is quantised: "dequantized" leaves dense weights, "requantized" rounds to codes again, a module or a mapping
+            of its parameters by path gives the dense weights to merge onto. The report says how far the result is from what was trained.
 
     Raises:
         ValueError: for methods without a weight, inactive adapters, non-finite results, an order that cannot be kept, or an
             adapter whose change rounds to nothing everywhere. The model is then unchanged.
     """
+
+    def choose(todo: list) -> list:
+        hosts = [(path, host, {site.param for n in new for site, m in s.sites[n] if m.has_weight()}) for path, host, s, new in todo]
+        if onto is None and not any(isinstance(host, layers.Quantised) for _, host, _ in hosts):
+            return [None] * len(todo)
+        from .quant.merging import choose  # most models have no quantised layers
+
+        return choose(onto, hosts)
+
+    return _merge(model, names, keep, unload, choose)
+
+
+def _merge(model: nn.Module, names: str | Iterable[str] | None, keep: bool, unload: bool, choose: Callable[[list], list]) -> MergeReport:
+    """`merge`, with what each of the (path, host, stack, names) is merged onto chosen by a function."""
     found = stacks(ensure_module(model))
     outside_disabled(model)
     for path, _, s in found:
@@ -173,16 +202,29 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
             raise ValueError(f"{path!r} is on the meta device: it has no values to merge")
     chosen = _mergeable(model, found, names)
     todo = _to_merge(found, chosen, unload)
-    if not keep:  # without the frozen bits there is no way back, so look before leaping
-        looked = [(path, p, _change(host, p, value)) for path, host, s, new in todo for p, value in _merged_tensors(path, host, s, _kept(s, new))]
-        _refuse_nothing(looked, todo)
-    rows = _fold(todo, keep)
+    bases, wanted = [s.onto for _, _, s, _ in todo], choose(todo)
+    for (path, _, s, _), old, new in zip(todo, bases, wanted, strict=True):
+        if s.merged and old is not None and (new is None or not old.same(new)):
+            raise ValueError(f"{s.merged[0]!r} is merged at {path!r} onto another base: unmerge it first")
+    for (_, _, s, _), new in zip(todo, wanted, strict=True):
+        s.onto = new if new is not None else s.onto
+    try:
+        if not keep:  # without the frozen bits there is no way back, so look before leaping
+            values = ((path, host, s, p, v) for path, host, s, new in todo for p, v in _merged_tensors(path, host, s, _kept(s, new)))
+            _refuse_nothing([(path, p, _change(host, s, p, _held(host, s, p, v))) for path, host, s, p, v in values], todo)
+        rows, errors = _fold(todo, keep)
+    except BaseException:
+        for (_, _, s, _), base in zip(todo, bases, strict=True):
+            s.onto = base
+        raise
+    if unload or not keep:
+        _unpack_merged(todo)
     kept_bytes = sum(s._buffers[STASH + p].numel() * s._buffers[STASH + p].element_size() for _, _, s, _ in todo for p in _stashed(s))
     if unload:
         for _, _, s, _ in todo:
             _forget(s)
         _take_off(model, chosen, restore=False)
-    return MergeReport(rows, 0 if unload else kept_bytes)
+    return MergeReport(rows, 0 if unload else kept_bytes, errors)
 
 
 def _mergeable(model: nn.Module, found: list, names: str | Iterable[str] | None) -> list[str]:
@@ -221,16 +263,22 @@ def _to_merge(found: list, chosen: list[str], unload: bool) -> list[tuple[str, n
     return todo
 
 
-def _fold(todo: list, keep: bool) -> list[tuple[str, str, float]]:
-    """Write the merged tensors; where that fails, everything is put back."""
+def _fold(todo: list, keep: bool) -> tuple[list, list]:
+    """Write the merged tensors; where that fails, everything is put back. Returns the rows and errors of the report."""
     done: list[tuple] = []
     rows: list[tuple[str, str, float]] = []
+    errors: list[tuple[str, str, float]] = []
     try:
         for path, host, s, new in todo:
             before = (s.merged, {p: s._buffers[STASH + p] for p in _stashed(s)})
             done.append((host, s, before, unload_ties(host, s)))
             for param, value in _merged_tensors(path, host, s, _kept(s, new)):
-                rows.append((path, param, _store(host, s, param, value)))
+                tensors = _held(host, s, param, value)
+                rows.append((path, param, _change(host, s, param, tensors)))
+                if s.onto is not None and param in host.peftlab_formats:
+                    errors.append((path, param, _error(host, s, param, tensors, _kept(s, new))))
+                for name, t in tensors.items():
+                    _store(host, s, name, t)
             s.merged = tuple(n for n in s.order if n in {*s.merged, *new})
             s.refresh()
             if not keep:
@@ -241,7 +289,34 @@ def _fold(todo: list, keep: bool) -> list[tuple[str, str, float]]:
         for host, s, (merged, kept), rebound in reversed(done if keep else []):
             _restore(host, s, merged, kept, rebound)
         raise
-    return rows
+    return rows, errors
+
+
+def _held(host: nn.Module, stack: Stack, param: str, value: Tensor) -> dict[str, Tensor]:
+    """The tensors that hold a merged value, by name: where a quantised base is merged onto itself, codes and scales."""
+    if stack.onto is None:
+        return {param: value}
+    from .quant.merging import stored
+
+    return stored(host, param, value, stack.onto)
+
+
+def _error(host: nn.Module, stack: Stack, param: str, tensors: dict[str, Tensor], names: list[str]) -> float:
+    """How far what is stored is from the weight that acted before, relative."""
+    from .quant.merging import distance, value_of
+
+    with torch.no_grad():
+        return distance(value_of(host, param, tensors), effective(host, param, _folded(stack, names), frozen(host, param)))
+
+
+def _unpack_merged(todo: list) -> None:
+    """A layer that is dense for good has the class that it had before it was quantised."""
+    for _, host, s, _ in todo:
+        for param in [p for p in getattr(host, "peftlab_formats", ()) if not layers.holds_codes(host, p)]:
+            from .quant.linear import unpack
+
+            unpack(host, param, None)
+        s.onto = None
 
 
 def _forget(stack: Stack) -> None:
@@ -249,10 +324,15 @@ def _forget(stack: Stack) -> None:
         del stack._buffers[STASH + p]
 
 
-def _change(host: nn.Module, param: str, value: Tensor) -> float:
-    """The largest change of an entry."""
+def _change(host: nn.Module, stack: Stack, param: str, tensors: dict[str, Tensor]) -> float:
+    """The largest change of an entry; of codes, that which rounding alone would not have made."""
+    value, before = tensors[param], layers.values(host, param).detach()
+    if not value.is_floating_point():
+        from .quant.merging import value_of
+
+        value, before = value_of(host, param, tensors), value_of(host, param, _held(host, stack, param, before))
     wide = torch.promote_types(value.dtype, torch.float32)
-    return (value.to(wide) - host._parameters[param].detach().to(wide)).abs().max().item() if value.numel() else 0.0
+    return (value.to(wide) - before.to(wide)).abs().max().item() if value.numel() else 0.0
 
 
 def _kept(stack: Stack, new: list[str]) -> list[str]:
@@ -267,11 +347,12 @@ def _refuse_nothing(rows: list, todo: list) -> None:
     for path, host, s, new in todo:
         links = tuple(p for n in new for p in s.sites[n])
         for param in {site.param for site, _ in links}:
-            raw = pristine(host, param)
+            raw = frozen(host, param)
             with torch.no_grad():
                 wide = torch.promote_types(raw.dtype, torch.float32)
                 if not torch.equal(effective(host, param, links, raw).to(wide), raw.to(wide)):
-                    raise ValueError(f"merging {new} changes no layer: the change at {path!r} is lost in the rounding of {raw.dtype}")
+                    kind = host.peftlab_formats[param].kind if s.onto is not None and s.onto.how == "requantized" else raw.dtype
+                    raise ValueError(f"merging {new} changes no layer: the change at {path!r} is lost in the rounding of {kind}")
 
 
 def unload_ties(host: nn.Module, stack: Stack) -> list[str]:
@@ -285,11 +366,12 @@ def unload_ties(host: nn.Module, stack: Stack) -> list[str]:
 
 def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(parameter, value in its own dtype) with these adapters folded in; one tensor at a time."""
-    links = tuple(p for n in names for p in stack.sites[n] if p[1].unmergeable() is None and not p[1].in_place)
+    links = _folded(stack, names)
     params = dict.fromkeys(s.param for s, m in links if m.has_weight())
     params |= dict.fromkeys(s.bias for s, m in links if changes_bias(s, m))
     for param in params:
-        raw = pristine(host, param)
+        given = None if stack.onto is None else stack.onto.originals.get(param)
+        raw = frozen(host, param) if given is None else given
         with torch.no_grad():
             value = effective(host, param, links, raw).to(raw.dtype)
         if not torch.isfinite(value).all():
@@ -299,19 +381,35 @@ def _merged_tensors(path: str, host: nn.Module, stack: Stack, names: list[str]) 
         yield param, value.clone() if storage(value) in held else value.contiguous()
 
 
-def _store(host: nn.Module, stack: Stack, param: str, value: Tensor) -> float:
-    raw = host._parameters[param]
-    delta = _change(host, param, value)
-    if STASH + param not in stack._buffers:
-        stack.register_buffer(STASH + param, raw.detach(), persistent=False)
-    _rebind(host, stack, param, value)
-    return delta
+def _folded(stack: Stack, names: list[str]) -> tuple:
+    """The links of these adapters that act on tensors."""
+    return tuple(p for n in names for p in stack.sites[n] if p[1].unmergeable() is None and not p[1].in_place)
+
+
+def _store(host: nn.Module, stack: Stack, name: str, value: Tensor) -> None:
+    if STASH + name not in stack._buffers:
+        raw = _slot(host, name).detach()
+        # The scales of codes are kept as whole numbers: converting the model's floats must not touch them.
+        stack.register_buffer(STASH + name, raw if name in host._parameters or not raw.is_floating_point() else raw.view(torch.int32), persistent=False)
+    _rebind(host, stack, name, value)
+
+
+def _slot(host: nn.Module, name: str) -> Tensor:
+    """A parameter, or a buffer that belongs to one."""
+    return host._parameters[name] if name in host._parameters else host._buffers[name]
+
+
+def _fitted(value: Tensor, t: Tensor) -> Tensor:
+    """A value in the shape of what it takes the place of; where codes and dense weights change places, as it is."""
+    if t.dtype == torch.float32 and value.dtype == torch.int32:
+        return value.view(torch.float32)
+    return value.view(t.shape) if value.is_floating_point() is t.is_floating_point() else value
 
 
 def _rebind(host: nn.Module, stack: Stack, param: str, value: Tensor) -> None:
     """Put other memory behind a parameter and those that share its storage, and let a backward that needs the old values notice."""
     for p in _owners(host, stack, param):
-        p.data = value.view(p.shape)
+        p.data = _fitted(value, p)
         if p.ndim:
             with torch.no_grad():
                 p.narrow(0, 0, 0).zero_()  # writes nothing and counts as a write
@@ -319,7 +417,7 @@ def _rebind(host: nn.Module, stack: Stack, param: str, value: Tensor) -> None:
 
 def _owners(host: nn.Module, stack: Stack, param: str) -> list[nn.Parameter]:
     """The parameter, and those tied to it by storage alone that follow it."""
-    raw = host._parameters[param]
+    raw = _slot(host, param)
     if param in stack.untied:
         return [raw]
     tied = [o for pairs in stack.sites.values() for s, _ in pairs if s.param == param for o in s.tied]
@@ -333,8 +431,9 @@ def _restore(host: nn.Module, stack: Stack, merged: tuple, kept: dict[str, Tenso
     for param in rebound:
         _retie(host, stack, param)
     stack.merged = merged
-    for path, value in _merged_tensors("", host, stack, _kept(stack, [])):
-        _rebind(host, stack, path, value)
+    for param, value in _merged_tensors("", host, stack, _kept(stack, [])):
+        for name, t in _held(host, stack, param, value).items():
+            _rebind(host, stack, name, t)
     stack.refresh()
 
 
@@ -360,13 +459,14 @@ def _unmerge(host: nn.Module, stack: Stack, names: Iterable[str]) -> None:
     if not any(n in stack.merged for n in names):
         return
     stack.merged = tuple(n for n in stack.merged if n not in names)
-    left = dict(_merged_tensors("", host, stack, _kept(stack, [])))
+    left = {k: t for param, value in _merged_tensors("", host, stack, _kept(stack, [])) for k, t in _held(host, stack, param, value).items()}
     for param in _stashed(stack):
         if param in left:
             _rebind(host, stack, param, left[param])
         else:
             _rebind(host, stack, param, stack._buffers.pop(STASH + param))
             _retie(host, stack, param)
+    stack.onto = stack.onto if stack.merged else None
     stack.refresh()
 
 

@@ -362,6 +362,8 @@ def wrap(
                    tie=tie, split=split, layout=layout, read=read, hyper=hyper)  # fmt: skip
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={loss!r}: a function of (model, batch)")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress={progress!r}: a function of (done, total, path)")
     if data is not None and not isinstance(data, Iterable):
         raise TypeError(f"data={data!r}: an iterable of batches")
     with fenced_rng():
@@ -509,6 +511,11 @@ def adapter_modules(model: nn.Module, wanted: Iterable[str] | None = None) -> li
     return out
 
 
+def place(name: str, path: str, site: Site) -> str:
+    """The site's path in the model whose tensors lie at `path`; `site.path` is that in the (part of the) model that was wrapped."""
+    return join(path.removesuffix(join(CHILD, name, site.key)).rstrip("."), site.key)
+
+
 def which(model: nn.Module, wanted: str | Iterable[str] | None) -> list[str]:
     """Adapter names as a list, in stacking order; unknown ones raise with the nearest right name."""
     return named(names(ensure_module(model)), wanted)
@@ -533,9 +540,9 @@ def set_trainable(model: nn.Module, wanted: str | Iterable[str] | None, flag: bo
         patterns, kept = as_list(targets), []
         at = dict(walk(model))
         for pattern in patterns:
-            mine = [f for f in found if f[2] is not None and under(pattern, f[2].path, at, f[2].host)]
+            mine = [f for f in found if f[2] is not None and under(pattern, place(*f[:3]), at, f[2].host)]
             if not mine:
-                there = [f[2].path for f in found if f[2] is not None]
+                there = [place(*f[:3]) for f in found if f[2] is not None]
                 raise PatternError(f"{show(pattern)} matches none of the {len(there)} sites.{did_you_mean(str(pattern), there)}")
             kept += mine
         found = kept

@@ -34,6 +34,20 @@ def oracle(name: str):
     return register
 
 
+CALLS: dict[str, Callable] = {}
+
+
+def called(name: str):
+    """For methods that are no equation on a weight: the formula on the hidden state, token by token."""
+
+    def register(f):
+        assert name not in CALLS, name
+        CALLS[name] = f
+        return f
+
+    return register
+
+
 def outer_sum(B: Tensor, A: Tensor) -> Tensor:
     """sum_k b_k a_k^T, one rank at a time: B (n_out, r), A (r, n_in)."""
     total = torch.zeros(B.shape[0], A.shape[1], dtype=B.dtype)
@@ -304,3 +318,182 @@ def fill(module: nn.Module, values: Mapping[str, Tensor], name: str = "default")
         for k, v in values.items():
             assert [n for n in found[k].shape if n != 1] == [n for n in v.shape if n != 1], (k, found[k].shape, v.shape)
             found[k].copy_(v.reshape(found[k].shape))
+
+
+# ---------------------------------------------------------------- methods that are no equation on a weight
+
+
+NONLINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: z.clamp(min=0),
+    "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "tanh": lambda z: (torch.exp(z) - torch.exp(-z)) / (torch.exp(z) + torch.exp(-z)),
+    "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),
+    "elu": lambda z: torch.where(z > 0, z, torch.exp(z.clamp(max=0)) - 1),
+    "identity": lambda z: z,
+}
+
+
+def bottleneck(x: Tensor, t: Tensors, hyper: Mapping) -> Tensor:
+    """s g (E f(D norm(x) + c) + e) of each token of x (..., n_in); what is not in `t` is not there."""
+    rows = []
+    for token in x.reshape(-1, x.shape[-1]):
+        z = token
+        if "gamma" in t:
+            z = t["gamma"] * (z - z.mean()) / (z.var(unbiased=False) + 1e-5).sqrt() + t["beta"]
+        z = torch.mv(t["D"], z) + t.get("c", 0)
+        z = torch.mv(t["E"], NONLINEAR[hyper["activation"]](z)) + t.get("e", 0)
+        rows.append(hyper["alpha"] * t.get("g", 1) * z)
+    return torch.stack(rows).reshape(*x.shape[:-1], -1)
+
+
+@called("houlsby")
+def houlsby(base: Callable, x: Tensor, t: Tensors, hyper: Mapping) -> Tensor:
+    """Houlsby et al. 2019, sec. 2.1 and figure 2: the sub-layer's output, then down, nonlinearity, up, and a skip connection."""
+    h = base(x)
+    return h + bottleneck(h, t, hyper)
+
+
+@called("pfeiffer")
+def pfeiffer(base: Callable, x: Tensor, t: Tensors, hyper: Mapping) -> Tensor:
+    """Pfeiffer et al. 2020 (MAD-X), eq. 1, around a norm: the adapter reads the normalised sum, its residual is the sum itself."""
+    return base(x + bottleneck(base(x), t, hyper))
+
+
+@called("parallel")
+def parallel(base: Callable, x: Tensor, t: Tensors, hyper: Mapping) -> Tensor:
+    """He et al. 2021, table 1, (scaled) parallel adapter: beside the part, from the part's input."""
+    return base(x) + bottleneck(x, t, hyper)
+
+
+@called("loreft")
+def loreft(h: Tensor, R: Tensor, W: Tensor, b: Tensor, positions: list[list[int]]) -> Tensor:
+    """Wu et al. 2024, eq. 2, at the given positions of each row of h (B, T, d): h + R^T (W h + b - R h)."""
+    rows = [list(row) for row in h]
+    for i, chosen in enumerate(positions):
+        for p in chosen:
+            v = rows[i][p]
+            rows[i][p] = v + R.T @ (W @ v + b - R @ v)
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+@called("mola")
+def mola(W: Tensor, b: Tensor, x: Tensor, t: Tensors, hyper: Mapping) -> Tensor:
+    """Gao et al. 2024 (2402.08562): top-k of a softmax router, renormalised, over LoRA experts; one expert keeps its probability (Switch)."""
+    rows = []
+    for token in x.reshape(-1, x.shape[-1]):
+        logits = torch.mv(t["W_g"], token)
+        p = torch.exp(logits) / torch.exp(logits).sum()
+        best = sorted(range(len(p)), key=lambda i: -p[i].item())[: hyper["k"]]
+        total = sum(p[i] for i in best) if len(best) > 1 else 1.0
+        y = torch.mv(W, token) + b
+        for i in best:
+            y = y + p[i] / total * hyper["alpha"] / hyper["r"] * torch.mv(t["B"][i], torch.mv(t["A"][i], token))
+        rows.append(y)
+    return torch.stack(rows).reshape(*x.shape[:-1], -1)
+
+
+@called("xlora")
+def xlora(W: Tensor, b: Tensor | None, x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
+    """Buehler and Buehler 2024 (2402.07148), one layer: W x + sum_i g_i B_i A_i x; x (B, T, n), gates (B, T, experts)."""
+    rows = []
+    for token, g in zip(x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1]), strict=True):
+        y = torch.mv(W, token) + (0 if b is None else b)
+        for i in range(len(g)):
+            y = y + g[i] * torch.mv(B[i], torch.mv(A[i], token))
+        rows.append(y)
+    return torch.stack(rows).reshape(*x.shape[:-1], -1)
+
+
+# ---- virtual tokens
+
+
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T) v, one query of one head at a time: q (B, H, L, D), k, v (B, G, S, D), mask (B, H, L, S) of what is seen, or what is added."""
+    B, H, L, D = q.shape
+    rows = []
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[1])
+            for i in range(L):
+                scores = torch.stack([q[b, h, i] @ k[b, g, j] for j in range(k.shape[2])]) * (scale or D**-0.5)
+                m = mask[b, h, i]
+                scores = torch.where(m, scores, -math.inf) if m.dtype == torch.bool else scores + m
+                rows.append(torch.softmax(scores, 0) @ v[b, g])
+    return torch.stack(rows).view(B, H, L, -1)
+
+
+def by_head(K: Tensor, heads: int, rows: int) -> Tensor:
+    """K (n, heads * D) as (rows, heads, n, D), one head's columns after the other."""
+    D = K.shape[1] // heads
+    return torch.stack([K[:, h * D : (h + 1) * D] for h in range(heads)]).expand(rows, heads, *K.shape[:1], D)
+
+
+@called("prefix_tuning")
+def prefix_tuning(q, k, v, mask, K, V, scale=None):
+    """Li and Liang 2021, eq. 3: [P_k; k] and [P_v; v], every query sees all of the prefix. K (n, G D), V (n, G D')."""
+    B, H, L, _ = q.shape
+    n, G = K.shape[0], k.shape[1]
+    front = torch.ones(B, H, L, n, dtype=torch.bool) if mask.dtype == torch.bool else torch.zeros(B, H, L, n, dtype=mask.dtype)
+    k, v = torch.cat([by_head(K, G, B), k], 2), torch.cat([by_head(V, G, B), v], 2)
+    return attention_by_hand(q, k, v, torch.cat([front, mask.expand(B, H, L, -1)], -1), scale)
+
+
+@called("llama_adapter")
+def llama_adapter(q, k, v, mask, K, V, g, scale=None):
+    """Zhang et al. 2023, eq. 6-7: the two softmaxes are taken apart, the prompt's is multiplied by the gate."""
+    B, H, L, _ = q.shape
+    seen = torch.ones(B, H, L, K.shape[0], dtype=torch.bool)
+    prompt = attention_by_hand(q, by_head(K, k.shape[1], B), by_head(V, k.shape[1], B), seen, scale)
+    return attention_by_hand(q, k, v, mask.expand(B, H, L, -1), scale) + g * prompt
+
+
+@called("prompt_tuning")
+def prompt_tuning(tokens: list[Tensor], P: Tensor, at: list[int]) -> tuple[Tensor, list[int]]:
+    """One row's vectors with P[j] before token at[j] (len(tokens): behind all), and where the tokens went."""
+    out, where = [], []
+    for i in range(len(tokens) + 1):
+        out += [P[j] for j in range(len(P)) if at[j] == i]
+        if i < len(tokens):
+            where.append(len(out))
+            out.append(tokens[i])
+    return torch.stack(out), where
+
+
+@called("p_tuning")
+def p_tuning(E: Tensor, t: Tensors, layers: int) -> Tensor:
+    """Liu et al. 2021, eq. 1 and the MLP beside it: t holds torch's names of an LSTM (lstm.*) and of the head's linears (head.0, head.2, ...)."""
+    rows = list(E)
+    for i in range(layers if any(k.startswith("lstm") for k in t) else 0):
+        both = [lstm(rows, t, f"l{i}"), lstm(rows[::-1], t, f"l{i}_reverse")[::-1]]
+        rows = [torch.cat(pair) for pair in zip(*both, strict=True)]
+    h = torch.stack(rows)
+    linears = sorted({k.split(".")[1] for k in t if k.startswith("head")}, key=int)
+    for j in linears:
+        h = torch.stack([t[f"head.{j}.weight"] @ row + t[f"head.{j}.bias"] for row in h])
+        h = h if j == linears[-1] else torch.where(h > 0, h, torch.zeros_like(h))
+    return h
+
+
+def lstm(rows: list[Tensor], t: Tensors, layer: str) -> list[Tensor]:
+    """One direction of one layer, one step after the other; torch keeps the gates in the order i, f, g, o."""
+    W, U, b, c = (t[f"lstm.{k}_{layer}"] for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    h, cell, out = torch.zeros(U.shape[1], dtype=W.dtype), torch.zeros(U.shape[1], dtype=W.dtype), []
+    for x in rows:
+        i, f, g, o = (W @ x + b + U @ h + c).chunk(4)
+        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(cell)
+        out.append(h)
+    return out
+
+
+@called("vpt")
+def vpt(blocks: list[Callable], x: Tensor, P: list[Tensor], at: int) -> Tensor:
+    """Jia et al. 2022, eq. 3-6: deep with one P a block, whose outputs are dropped; shallow with one P in all. x (B, T, d)."""
+    n = P[0].shape[0]
+    for i, block in enumerate(blocks):
+        if i < len(P):
+            rest = x[:, at:] if i == 0 else x[:, at + n :]
+            x = torch.cat([x[:, :at], P[i].expand(x.shape[0], *P[i].shape), rest], 1)
+        x = block(x)
+    return torch.cat([x[:, :at], x[:, at + n :]], 1)

@@ -62,7 +62,7 @@ def state_of(model: nn.Module) -> dict:
         out[f"{path}: object"] = (id(m), type(m).__name__, id(type(m)))
         out[f"{path}: training"] = m.training
         if isinstance(m, Stack):  # bookkeeping: what it means counts, not which tables hold it
-            out[f"{path}: adapters"] = (m.order, m.active, m.merged, m.read, [(id(a), id(b)) for links in m.links for a, b in links])
+            out[f"{path}: adapters"] = (m.order, m.active, m.merged, m.read, [(id(a), id(b)) for links in m.links[:2] for a, b in links])
             out[f"{path}: kept"] = {k: bits(b) for k, b in m._buffers.items()}
             continue
         for k, v in vars(m).items():

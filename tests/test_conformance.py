@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quant_oracle
 import torch
 from cases import (
     ALL,
@@ -51,6 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlab
 from peftlab import registry
+from peftlab.layers import Quantised
 
 METHODS = methods()
 TIGHT = dict(rtol=1e-10, atol=1e-10)
@@ -122,7 +124,9 @@ def law_of_smooth_layers(test):
 
 
 def wrap(model: nn.Module, method: str, case: str, dtype: torch.dtype | None = torch.float64, **more) -> nn.Module:
-    base = next(model.parameters()).dtype if case != "opaque" else model.layer.bias.dtype
+    base = next(
+        dense(m, k).dtype for m in model.modules() for k, p in m._parameters.items() if p is not None and (p.is_floating_point() or isinstance(m, Quantised))
+    )
     return peftlab.wrap(model, method, **keywords(method, case), **data(case, base), dtype=dtype, **more)
 
 
@@ -164,6 +168,21 @@ def sites(model: nn.Module, name: str = "default") -> list:
 def own(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' parameters, by their places in the object structure."""
     return {k: p for k, p in model.named_parameters() if any(part.startswith(CHILD) for part in k.split("."))}
+
+
+def merge(model: nn.Module, names=None, **more):
+    """peftlab.merge; a quantised base asks onto what, and then the decoded values are it."""
+    packs = any(
+        isinstance(host, Quantised) and {s.param for ps in stack.sites.values() for s, _ in ps} & host.peftlab_formats.keys()
+        for _, host, stack in stacks(model)
+    )
+    return peftlab.merge(model, names, onto="dequantized" if packs else None, **more)
+
+
+def dense(host: nn.Module, param: str) -> Tensor:
+    """A frozen parameter in its raw layout; codes are decoded in the papers' words."""
+    raw = host._parameters[param]
+    return raw if raw.is_floating_point() else quant_oracle.decoded(host, param)
 
 
 def mergeable(model: nn.Module, name: str = "default") -> bool:
@@ -243,12 +262,12 @@ def equations(model: nn.Module, base: nn.Module, names=None) -> dict[tuple[str, 
                 if site.rule.name == "opaque":
                     out[path, "dense"] = method.weight(out.get((path, "dense"), frozen.dense()))
                 elif type(method).has_weight():
-                    out[key] = changed(site, method, out.get(key, frozen._parameters[site.param]))
+                    out[key] = changed(site, method, out.get(key, dense(frozen, site.param)))
                     if site.param not in stack.untied:
                         out |= {(paths[id(h)], p): out[key] for h, p in site.tied}
                 if site.has_bias and type(method).has_bias():
                     out[path, site.bias] = changed_bias(site, method, out.get((path, site.bias), frozen._parameters[site.bias]))
-    return {k: t.to(t.dtype if k[1] == "dense" else base.get_submodule(k[0])._parameters[k[1]].dtype) for k, t in out.items()}
+    return {k: t.to(t.dtype if k[1] == "dense" else dense(base.get_submodule(k[0]), k[1]).dtype) for k, t in out.items()}
 
 
 def reference(model: nn.Module, base: nn.Module, names=None, detach: bool = False) -> nn.Module:
@@ -433,12 +452,12 @@ def test_law_03_merged_is_wrapped_and_unmerge_gives_the_bits_back(method, case):
     before = state(model)
     if not mergeable(model):
         with pytest.raises(ValueError, match="merged"):
-            peftlab.merge(model)
+            merge(model)
         assert_state(model, before)
         return
     twin = reference(model, base, detach=True)
     y = model(*x)
-    report = peftlab.merge(model)
+    report = merge(model)
     assert report.layers > 0
     assert report.max_delta > 0
     torch.testing.assert_close(model(*x), y, **TIGHT)
@@ -461,7 +480,9 @@ def test_law_03_merge_and_unload_leaves_a_plain_model(method, case):
     if not mergeable(model):
         pytest.skip("cannot be merged")
     twin = reference(model, base, detach=True)
-    peftlab.merge(model, unload=True)
+    merge(model, unload=True)
+    if any(isinstance(m, Quantised) for m in base.modules()) and not any(isinstance(m, Quantised) for m in model.modules()):
+        base = peftlab.dequantize(base)  # what was merged onto decoded values is dense
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in base.named_modules()]
     assert model.state_dict().keys() == base.state_dict().keys()
     torch.testing.assert_close(model(*x), twin(*x), **TIGHT)
@@ -474,10 +495,10 @@ def test_law_03_a_thousand_cycles_in_bfloat16(method, case):
         pytest.skip("cannot be merged")
     before = state(model)
     for _ in range(1000):
-        peftlab.merge(model)
+        merge(model)
         peftlab.unmerge(model)
     assert_state(model, before)
-    peftlab.merge(model)
+    merge(model)
     with peftlab.disabled(model):
         assert_bits(model(*x), base(*x))
     peftlab.unwrap(model)
@@ -507,7 +528,7 @@ def test_law_04_unwrap_restores_everything(method, case):
     assert calls == wanted, "hooks that were there before are called as before"
     model.eval()
     if mergeable(model):
-        peftlab.merge(model)
+        merge(model)
     model.train()
     assert peftlab.unwrap(model) is model
     assert_state(model, before)
@@ -520,7 +541,8 @@ def test_law_04_objects_and_paths_stay(method, case):
     """Nothing that was there is renamed, replaced or of another kind while the model is wrapped."""
     base = build(case)
     modules = dict(base.named_modules())
-    tensors = {k: id(t) for k, t in base.state_dict(keep_vars=True).items()}
+    tensors = {k: id(t) for k, t in [*base.named_parameters(), *base.named_buffers()]}
+    keys = base.state_dict().keys()
     kinds = {k: type(m) for k, m in modules.items()}
     signatures = {k: inspect.signature(m.forward) for k, m in modules.items()}
     wrap(base, method, case)
@@ -529,9 +551,10 @@ def test_law_04_objects_and_paths_stay(method, case):
         assert isinstance(m, kinds[k])
         assert type(m).__name__ == kinds[k].__name__
         assert inspect.signature(m.forward) == signatures[k]
-    now = base.state_dict(keep_vars=True)
+    now = dict([*base.named_parameters(), *base.named_buffers()])
     assert {k: id(now[k]) for k in tensors} == tensors
-    assert all(any(part.startswith(CHILD) for part in k.split(".")) for k in now.keys() - tensors.keys())
+    assert keys <= base.state_dict().keys()
+    assert all(any(part.startswith(CHILD) for part in k.split(".")) for k in [*(now.keys() - tensors.keys()), *(base.state_dict().keys() - keys)])
 
 
 # ---------------------------------------------------------------- 5. what trains
@@ -711,8 +734,7 @@ def test_law_07_another_base_is_refused(method, case, tmp_path):
     near = build(case).eval()  # the same shapes with other values
     with torch.no_grad():
         for p in near.parameters():
-            if p.is_floating_point():
-                p.add_(1)
+            p.add_(1 if p.is_floating_point() else 17)  # both halves of a byte of codes
     before = state(near)
     if all(m.replaces or s.rule.name == "opaque" for s, m in sites(model)):
         peftlab.load(near, tmp_path / "a.safetensors")  # what it holds does not depend on the frozen values
@@ -765,7 +787,7 @@ def test_law_08_disabled_is_the_base(method, case):
         torch.testing.assert_close(model(*x), y, **TIGHT)
         assert not torch.equal(y, off)
     if mergeable(model):
-        peftlab.merge(model)
+        merge(model)
         with peftlab.disabled(model):
             assert_bits(model(*x), off)
         torch.testing.assert_close(model(*x), y, **TIGHT)
@@ -803,10 +825,10 @@ def test_law_09_stacks(method, above, case):
     y = model(*x)
     torch.testing.assert_close(y, wanted_y, **TIGHT)
     if mergeable(model, "one") and mergeable(model, "two"):
-        peftlab.merge(model)
+        merge(model)
         torch.testing.assert_close(model(*x), y, **TIGHT)
         peftlab.unmerge(model)
-        peftlab.merge(model, "one")  # the lower one may always go first
+        merge(model, "one")  # the lower one may always go first
         torch.testing.assert_close(model(*x), y, **TIGHT)
         peftlab.unmerge(model)
     torch.testing.assert_close(model(*x), y, **TIGHT)
@@ -861,7 +883,7 @@ def test_law_09_a_refused_call_changes_nothing(method, case):
         lambda: wrap(model, method, case),
         lambda: peftlab.activate(model, "other"),
         lambda: peftlab.unmerge(model),
-        lambda: peftlab.merge(model, "other"),
+        lambda: merge(model, "other"),
         lambda: peftlab.unwrap(model, "other"),
         lambda: peftlab.save(model, "nowhere.safetensors", names="other"),
     ):
@@ -895,7 +917,7 @@ def test_law_09_any_sequence_of_operations(seed):
             elif operation == "copy":
                 model = pickle.loads(pickle.dumps(model)) if rng.random() < 0.5 else copy.deepcopy(model)
             elif operation != "none":
-                getattr(peftlab, operation)(model, some)
+                (merge if operation == "merge" else getattr(peftlab, operation))(model, some)
         except ValueError:
             assert_state(model, before)
         torch.testing.assert_close(model(*x), reference(model, base, detach=True)(*x), **TIGHT, msg=lambda m, o=operation: f"after {o}: {m}")
@@ -957,7 +979,7 @@ def test_law_10_low_precision_base(method, case, low):
     model.eval()
     y = model(*x)
     if mergeable(model):
-        peftlab.merge(model)
+        merge(model)
         merged = model(*x)
         assert merged.dtype == y.dtype
         assert_near(merged, wanted if not has_statistics(model) else y, dtype)
@@ -1055,7 +1077,7 @@ def test_law_11_export(method, case):
     y = model(*x)
     torch.testing.assert_close(torch.export.export(model, x).module()(*x), y, **TIGHT)
     if mergeable(model):
-        peftlab.merge(model)
+        merge(model)
         torch.testing.assert_close(torch.export.export(model, x).module()(*x), y, **TIGHT)
 
 

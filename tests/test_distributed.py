@@ -294,6 +294,37 @@ def test_promise_22_fsdp2_trains_like_one_process_and_saves_the_same_bytes(part,
     two("fsdp2", tmp_path, *FSDP_METHODS[part::2])
 
 
+STARTS = {"eva": {}, "corda": {}, "lora": dict(init="corda_kpm"), "lora_ga": {}, "fish": dict(n=5)}
+
+
+def case_calibrate(rank, tmp):
+    """Starts from data: each process sees its share of the batches, one more than the other; all get what one process makes of all."""
+    shares = [[batch(i) for i in (0, 1, 2)], [batch(i) for i in (3, 4)]]
+
+    def starts(name, options, data):
+        where = dict(targets="layers.*.weight") if name == "fish" else dict(targets=["qkv", "up"], r=2)
+        model = peftlab.wrap(Net().double(), name, data=data, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]), **where, **options)
+        return {k: t for k, t in model.state_dict().items() if "peftlab" in k}
+
+    group, alone = dist.is_initialized, lambda: False
+    for name, options in STARTS.items():
+        mine = starts(name, options, shares[rank])
+        dist.is_initialized = alone
+        try:
+            one = starts(name, options, shares[0] + shares[1])
+        finally:
+            dist.is_initialized = group
+        assert mine.keys() == one.keys()
+        assert sum(t.any().item() for t in mine.values()) > 0
+        for k, t in mine.items():
+            torch.testing.assert_close(t, one[k], rtol=1e-8, atol=1e-10, msg=f"{name} {k}")
+            assert everywhere_equal(t), (name, k)
+
+
+def test_starts_from_data_are_the_same_on_two_processes(tmp_path):
+    two("calibrate", tmp_path)
+
+
 def case_slices(rank, tmp):
     """accelerate#4206: every rank's slice is in the file, not only rank 0's."""
     model = fully_sharded(peftlab.wrap(Net(), "lora", r=4, exclude=["pooler", "head"]))

@@ -147,7 +147,7 @@ def test_linear_verbs(make, bias, shape):
     h = rule.apply(m, M, x)
     torch.testing.assert_close(h, x @ M.T, **TIGHT)
     torch.testing.assert_close(rule.mix(m, B, h), x @ (B @ M).T, **TIGHT)
-    torch.testing.assert_close(rule.plus(m, W, b, x, B, h), m(x) + x @ (B @ M).T, **TIGHT)
+    torch.testing.assert_close(rule.plus(m, m.weight, b, x, B, h), m(x) + x @ (B @ M).T, **TIGHT)
 
 
 def test_fused_sum_leaves_its_operands_alone():
@@ -156,7 +156,7 @@ def test_fused_sum_leaves_its_operands_alone():
     rule, W = rule_and_weight(m)
     x, B, h = rand(3, 6), rand(4, 2, seed=1), rand(3, 2, seed=2)
     kept = [t.clone() for t in (W, m.bias, x, B, h)]
-    rule.plus(m, W, m.bias, x, B, h)
+    rule.plus(m, m.weight, m.bias, x, B, h)
     for t, before in zip((W, m.bias, x, B, h), kept, strict=True):
         assert torch.equal(t, before)
 
@@ -412,3 +412,74 @@ def test_attention_is_three_projections(method, same):
         with torch.no_grad():
             torch.testing.assert_close(attention(*xs, need_weights=need)[0], wanted, **TIGHT)
         attention.train()
+
+
+# ---- layers whose weight torch computes from other parameters
+
+
+def spectral(layer):
+    return torch.nn.utils.parametrizations.spectral_norm(layer)
+
+
+def weight_normed(layer):
+    return torch.nn.utils.parametrizations.weight_norm(layer)
+
+
+COMPUTED = {"weight_norm": weight_normed, "spectral_norm": spectral, "orthogonal": torch.nn.utils.parametrizations.orthogonal}
+
+
+@pytest.mark.parametrize("norm", COMPUTED)
+def test_a_parametrised_linear_is_surrounded(norm, tmp_path):
+    """The change is added to the computed weight; what computes it stays frozen and whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(COMPUTED[norm](nn.Linear(6, 6))).double().eval()
+    base, x = copy.deepcopy(model), torch.randn(3, 6, dtype=torch.float64)
+    peftlab.wrap(model, "lora", targets="0", r=2, alpha=3, dtype=torch.float64)
+    assert torch.equal(model(x), base(x))
+    t = model[0].peftlab.default
+    with torch.no_grad():
+        t.B.normal_()
+    W = base[0].weight.detach() + 1.5 * t.B @ t.A
+    torch.testing.assert_close(model(x), nn.functional.linear(x, W, base[0].bias), rtol=1e-12, atol=1e-12)
+    model(x).square().sum().backward()
+    assert {k for k, p in model.named_parameters() if p.grad is not None} == {"0.peftlab.default.A", "0.peftlab.default.B"}
+    peftlab.save(model, tmp_path / "a")
+    fresh = copy.deepcopy(base)
+    peftlab.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(x), model(x))
+    with pytest.raises(ValueError, match="only offers a call"):
+        peftlab.merge(model)
+    peftlab.unwrap(model)
+    assert torch.equal(model(x), base(x))
+    assert type(model[0]) is type(base[0])
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_parametrised_layer_is_refused_with_the_remedy(norm):
+    linear, conv = (nn.Sequential(COMPUTED[norm](layer)) for layer in (nn.Linear(6, 5), nn.Conv1d(4, 5, 3)))
+    with pytest.raises(ValueError, match=r"computes its weight .*remove_parametrizations\(layer, 'weight'\) makes it a plain"):
+        peftlab.wrap(linear, "dora", targets="0", r=2)
+    with pytest.raises(ValueError, match=r"'0' is a layer whose weight is computed .*remove_parametrizations\(layer, 'weight'\) makes it a plain"):
+        peftlab.wrap(conv, "lora", targets="0", r=2)
+    for model in (linear, conv):
+        torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+        peftlab.wrap(model, "lora", targets="0", r=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_layer_with_the_older_weight_norm_is_refused_with_the_remedy():
+    conv = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv1d(4, 5, 3)))
+    with pytest.raises(ValueError, match="remove_weight_norm"):
+        peftlab.wrap(conv, "lora", targets="0", r=2)
+
+
+# ---- the fast path's output
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_the_output_is_no_view(method, bias):
+    """FSDP2 warns of modules that return views; in-place edits of them go other ways through autograd."""
+    model = nn.Sequential(nn.Linear(16, 16, bias=bias))
+    peftlab.wrap(model, method, targets="0")
+    assert not model(torch.randn(2, 3, 16))._is_view()

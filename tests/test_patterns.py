@@ -481,3 +481,31 @@ def test_library_modules_are_never_targets():
     assert [p for p in paths(model, "full", targets="*", name="second") if "peftlab" in p] == []
     with pytest.raises(PatternError):
         paths(model, targets="*.peftlab.*", name="second")
+
+
+def fused() -> nn.Module:
+    return nn.ModuleDict({"qkv": nn.Linear(16, 40), "out": nn.Linear(16, 16), "head": nn.Linear(16, 16)})
+
+
+SPLIT = {"qkv": {"q": 16, "k": 12, "v": 12}}
+
+
+@pytest.mark.parametrize("targets", ["*", None])
+def test_a_fused_projection_that_was_split_is_meant_by_its_parts(targets):
+    rows = peftlab.plan(fused(), "lora", r=2, split=SPLIT, targets=targets, exclude="head" if targets else None).rows
+    assert [r.path for r in rows] == ["qkv.q", "qkv.k", "qkv.v", "out"]
+    assert [r.path for r in peftlab.plan(fused(), "lora", r=2, split=SPLIT, targets="qkv").rows] == ["qkv"]
+
+
+@pytest.mark.parametrize(("model", "targets", "split"), [(fused(), ["qkv", "q"], SPLIT), (nn.MultiheadAttention(16, 2), ["in_proj_weight", "q_proj"], None)])
+def test_one_adapter_does_not_change_a_weight_twice(model, targets, split):
+    with pytest.raises(peftlab.PatternError, match="twice"):
+        peftlab.plan(model, "lora", r=2, targets=targets, split=split)
+
+
+def test_three_dimensions_need_a_stated_layout():
+    model = nn.ParameterDict({"w": torch.randn(3, 4, 6)})
+    with pytest.raises(ValueError, match=r"\(3, 4, 6\).*layout=.*'eoi' or 'eio'.*'flat'"):
+        peftlab.plan(model, "lora", r=2, targets="w")
+    assert [r.shape for r in peftlab.plan(model, "lora", r=2, targets="w", layout={"w": "flat"}).rows] == [(3, 24)]
+    assert len(peftlab.plan(model, "lora", r=2, targets="w", layout={"w": "eoi"}).rows) == 3

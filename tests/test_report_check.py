@@ -1046,3 +1046,13 @@ def test_watch_does_not_count_skipped_steps_and_lets_scheduled_methods_sleep():
     optimizer.found_inf.zero_()
     loop(model, optimizer, 3)
     assert watch.done
+
+
+def test_parts_that_were_wrapped_one_by_one_have_their_paths_in_the_whole():
+    model = nn.ModuleDict({k: nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)) for k in ("enc", "dec")})
+    for part in model.values():
+        peftlab.wrap(part, "lora", r=2, targets=["0", "weight_ih_l0"])
+    assert [r.path for r in peftlab.report(model)] == [f"{k}.{p}" for k in ("enc", "dec") for p in ("0", "1.weight_ih_l0")]
+    peftlab.freeze(model, "default", targets="enc")
+    assert [r.trainable for r in peftlab.report(model)] == [False, False, True, True]
+    assert [r.path for r in peftlab.report(model["dec"])] == ["0", "1.weight_ih_l0"]

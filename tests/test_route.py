@@ -235,3 +235,32 @@ def test_a_routed_batch_compiles_without_breaks(names):
     compiled(x)
     with peftlab.route(compiled, names):
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_an_encoder_with_a_padding_mask_in_eval_mode():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    model, x, padding = moved(encoder, "a"), torch.randn(3, 5, 16), torch.zeros(3, 5).bool()
+    padding[0, 4] = True
+    with torch.no_grad():
+        with peftlab.route(model, ["a", None, "a"]):
+            y = model(x, src_key_padding_mask=padding)
+        for i, name in enumerate(["a", None, "a"]):
+            with peftlab.using(model, name):
+                alone = model(x[i : i + 1], src_key_padding_mask=padding[i : i + 1])
+            torch.testing.assert_close(y[i, : 5 - int(padding[i].sum())], alone[0, : 5 - int(padding[i].sum())], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [-1, "a", 1.0, True])
+def test_a_batch_dimension_is_a_number_from_zero(dim):
+    model = moved(net(), "a")
+    with pytest.raises(ValueError, match="batch_dim"), peftlab.route(model, ["a"], batch_dim=dim):
+        pass
+
+
+def test_one_adapter_for_all_rows_counts_them_too():
+    model = moved(net(), "a")
+    with peftlab.route(model, ["a"] * 3):
+        assert model(torch.randn(3, 6).double()).shape == (3, 4)
+        with pytest.raises(ValueError, match="no multiple of the 3 rows"):
+            model(torch.randn(2, 6).double())

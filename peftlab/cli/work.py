@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import peftlab
-from peftlab.registry import keywords, resolve
+from peftlab.registry import entries, keywords, resolve
 
 from . import data as datasets
 from . import tasks
@@ -22,9 +22,7 @@ from .tasks import HEAD, Classify, Item, Task
 
 ADAPTER, HEAD_ADAPTER = "default", "head"
 
-# Adam's learning rate where --lr does not say: usual ones for these methods, which `compare` searches around on validation data.
-RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 2e-3, "oft": 2e-3, "lokr": 2e-3}
-RATE = 3e-3
+RATE = 3e-3  # Adam's learning rate for a method whose file recommends none; `compare` searches around it on validation data
 
 
 @dataclass
@@ -141,7 +139,8 @@ def _value(text: str, keep_text: bool) -> object:
 
 def rate(method: str) -> float:
     """The learning rate for a method where none is given."""
-    return RATES.get(resolve(method)[2], RATE)
+    entry = entries().get(method)
+    return RATE if entry is None or entry.rate is None else entry.rate
 
 
 def wrap_options(task: Task, options: Options) -> dict:

@@ -17,7 +17,7 @@ from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, changes_bi
 from ..method import Method
 from ..patterns import as_list, did_you_mean, matches, nearest, show
 from ..registry import entries, keywords, resolve
-from ..sites import Model, ensure_module, join, storage
+from ..sites import Model, ensure_module, identity, join
 from ..sublayers import widths
 from ..switch import _changed_buffers
 from ..wrap import _Request, adapter_modules, attach, check_dtype, check_name, finish, ledgers, names, outside_disabled, samples, set_trainable, which
@@ -111,7 +111,8 @@ def save(model: nn.Module, path: str | os.PathLike, names: str | Iterable[str] |
     outside_disabled(root)
     chosen = which(root, names)
     if not chosen:
-        raise ValueError("this model has no adapters: there is nothing to save")
+        why = "this model has no adapters" if names is None else f"names={names!r} means no adapter"
+        raise ValueError(f"{why}: there is nothing to save")
     header, tensors, owner = describe(root, chosen, as_list(include) if include is not None else [])
     unreal = next((k for k, t in tensors.items() if t.is_meta), None)
     if unreal is not None:
@@ -186,7 +187,7 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
     buffers = _buffers(root)
     for key, t in buffers.items():
         put(key, t, None)
-    included = _included(root, include, set(tensors), {storage(t) for t in tensors.values()})
+    included = _included(root, include, set(tensors), {identity(t) for t in tensors.values()})
     for key, t in included.items():
         put(key, t, None)
     header = {"peftlab": __version__, "adapters": list(adapters.values()), "base": base, "buffers": list(buffers), "included": list(included)}
@@ -260,7 +261,7 @@ def _included(root: nn.Module, patterns: list, taken: set[str], stored: set[int]
             if matches(pattern, key, m) or matches(pattern, path, m):
                 found[key] = p
                 hit.add(show(pattern))
-        if key in taken or key in found or storage(p) in stored:  # the other end of a tied tensor that is saved
+        if key in taken or key in found or identity(p) in stored:  # the other end of a tied tensor that is saved
             continue
         state = "is trainable" if p.requires_grad else "was changed after wrap" if _moved(known, key, pristine(m, n)) else ""
         if state:
@@ -508,7 +509,7 @@ def _sites(view: Model, entry: dict) -> list[Site]:
             site.read_only = True
         if s.get("tie"):
             site.shared = s["tie"] == "share"
-            site.tied = tuple(o for o in view.owners.get(storage(m._parameters[param]), ()) if o[0] is not m)
+            site.tied = tuple(o for o in view.owners.get(identity(m._parameters[param]), ()) if o[0] is not m or o[1] != param)
         out.append(site)
     return out
 

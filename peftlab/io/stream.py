@@ -306,7 +306,8 @@ class _Job:
                         dtype = getattr(torch, base[path]["dtype"])
                         host._parameters[param] = nn.Parameter(torch.empty(base[path]["shape"], dtype=dtype, device="meta"), requires_grad=False)
                     elif path in base:
-                        raise LoadError(f"the adapter was trained on {path!r}, which the folder does not have.{did_you_mean(path, self.shards.places)}")
+                        why = " It was tied to another tensor there, which a folder stores once: merge it in memory." if s.get("tie") else ""
+                        raise LoadError(f"the adapter was trained on {path!r}, which the folder does not have.{why or did_you_mean(path, self.shards.places)}")
 
     # ---- work
     def run(self, to: Path, progress: Callable[[int, int, str], None] | None) -> tuple[list[tuple[str, float]], list[str]]:

@@ -12,6 +12,7 @@ Trains: init_r * (n_in + n_out + 1)
 Structure: rank(W' - W) <= init_r; in the end at most the sum of r entries of E are nonzero over all sites
 Family: low rank
 Paper: Zhang et al. 2023, arXiv 2303.10512, eq. 3 (form), 4 (regulariser), 7-11 (importance), app. A (budget)
+Rate: 2e-3
 Differs: reaches its budget exactly. P and Q start with columns and rows of unit length in expectation, where the regulariser wants them;
     the authors' code draws every entry with standard deviation 0.02. The regulariser is the paper's, squared; the code averages
     unsquared norms.

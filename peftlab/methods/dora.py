@@ -8,6 +8,7 @@ Trains: r * (n_in + n_out) + n_out
 Structure: |W'_i| = |m_i| for every row i
 Family: low rank
 Paper: Liu et al. 2024, arXiv 2402.09353, eq. 5; gradient of sec. 4.3
+Rate: 1e-3
 Differs: the norm comes from the Gram form and never forms B A. On a convolution a row is a whole kernel. The paper's |.|_c is a
     column of the transposed weight, our row.
 """

@@ -9,6 +9,7 @@ Trains: numel
 Structure: any W'
 Family: selective
 Paper: LayerNorm tuning: Zhao et al. 2023, arXiv 2312.11420; gradual unfreezing: Howard and Ruder 2018 (ULMFiT), arXiv 1801.06146
+Rate: 1e-4
 Aliases: linear_probe = dict(targets=":head"); ln_tuning = dict(targets=":norms")
 Differs: ULMFiT unfreezes one layer an epoch, here one every T / layers steps.
 """

@@ -41,7 +41,7 @@ class Houlsby(Method):
 
     @classmethod
     def fits(cls, site) -> bool:
-        return site.n_out > 0
+        return site.n_in > 0 and site.n_out > 0
 
     def change(self, h: Tensor) -> Tensor:
         return h + bottleneck.branch(self, h, self.s, self.f, self.path)

@@ -10,6 +10,7 @@ Trains: size(factors(n_out, factor), inputs(n_in, shape, factor), r, decompose_b
 Structure: a rearrangement of W' - W has rank 1
 Family: Kronecker
 Paper: Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, eq. 4; the product of low-rank factors of FedPara, Hyeon-Woo et al. 2021, arXiv 2108.06098
+Rate: 2e-3
 Differs: a `factor` that does not divide is refused, where LyCORIS takes the nearest divisor below it. The scale is alpha / r also where
     both factors are full. On a convolution q counts the kernel positions when w2 is full or not; HF peft compares r with the channels alone.
 """

@@ -15,6 +15,7 @@ Family: low rank
 Paper: Hu et al. 2021, arXiv 2106.09685, eq. 3. Scale: Kalajdzievski 2023, arXiv 2312.03732. Starts: PiSSA, Meng et al. 2024,
     arXiv 2404.02948; OLoRA, Buyukakyuz 2024, arXiv 2406.01775; EVA, Paischer et al. 2024, arXiv 2410.07170; CorDA, Yang et al. 2024,
     arXiv 2406.05223; LoRA-GA, Wang et al. 2024, arXiv 2407.05000
+Rate: 1e-3
 Aliases: rslora = dict(rank_stabilized=True); pissa = dict(init="pissa"); olora = dict(init="olora"); eva = dict(init="eva");
     corda = dict(init="corda"); lora_ga = dict(init="lora_ga")
 Differs: pissa uses a randomised SVD and reports its error (start_error, start_floor), pissa_exact the full one. eva keeps the same

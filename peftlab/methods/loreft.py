@@ -48,7 +48,7 @@ class LoReFT(Method):
 
     @classmethod
     def fits(cls, site) -> bool:
-        return site.n_out > 0
+        return site.n_in > 0 and site.n_out > 0
 
     @classmethod
     def shared(cls, sites) -> nn.Module:

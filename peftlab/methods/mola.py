@@ -40,7 +40,7 @@ class MoLA(Method):
         self.B = nn.Parameter(torch.zeros(experts, base.n_out, r))
         self.W_g = nn.Parameter(torch.randn(experts, base.n_in) * 0.02)
         self.register_buffer("slope", torch.zeros(experts, base.n_in), persistent=False)  # of the balance loss, summed over forwards
-        self.register_buffer("seen", torch.zeros(2), persistent=False)  # the sum of these losses, and their number
+        self.register_buffer("sums", torch.zeros(2), persistent=False)  # the sum of these losses, and their number
         self.__setstate__(self.__dict__)
 
     def __setstate__(self, state: dict) -> None:
@@ -71,14 +71,14 @@ class MoLA(Method):
         if self.training and self.balance:
             loss, slope = router.balance(p, chosen, x)
             self.slope += slope.to(self.slope.dtype)
-            self.seen += torch.stack([loss, torch.ones_like(loss)]).to(self.seen.dtype)
+            self.sums += torch.stack([loss, torch.ones_like(loss)]).to(self.sums.dtype)
         h = base.apply(self.A.flatten(0, 1), x) * (self.s * g).to(x.dtype).repeat_interleave(self.r, -1)
         return base.plus(x, self.B.mT.flatten(0, 1).mT, h)
 
     def penalty(self) -> Tensor:
         """The mean of the load-balancing losses since it was last asked for."""
-        loss, n = router.over_processes(self.seen)
-        slope = router.over_processes(self.slope) / n.clamp_min(1)
+        (total, n), slope = router.over_processes(self.sums), router.over_processes(self.slope)
+        loss, slope = total / n.clamp_min(1), slope / n.clamp_min(1)
         self.slope.zero_()
-        self.seen.zero_()
-        return self.balance * (loss / n.clamp_min(1) + ((self.W_g - self.W_g.detach()) * slope).sum())
+        self.sums.zero_()
+        return self.balance * (loss + ((self.W_g - self.W_g.detach()) * slope).sum())

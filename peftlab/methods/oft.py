@@ -10,6 +10,7 @@ Structure: the Gram matrix of the rows is that of W: their norms and angles are 
 Family: orthogonal
 Paper: Qiu et al. 2023, arXiv 2306.07280, eq. 2-3 and sec. 3.3 (Cayley form); on the input side as in OFTv2, Qiu et al. 2025,
     arXiv 2506.19847, eq. 2
+Rate: 2e-3
 Differs: the Cayley map is exact (a solve), OFTv2 truncates its Neumann series. Blocks that do not divide are refused.
 """
 

@@ -4,9 +4,9 @@
                         lstm: f = W2 relu(W1 bilstm(E)), W1 (2 dim, 2 dim), W2 (d, 2 dim), with biases;  none: f(E) = E
 
 at says where they stand: "start" | "end" | a place among the row's tokens | an ascending list of n places, so that a template may have them
-between its tokens. layers and dropout are the LSTM's. causal and keep are as in prompt_tuning. `peftlab.drop_network` keeps f's output alone.
+between its tokens. depth and dropout are the LSTM's. causal and keep are as in prompt_tuning. `peftlab.drop_network` keeps f's output alone.
 
-Trains: n * embedding(site).embedding_dim + network_size(net, embedding(site).embedding_dim, dim or embedding(site).embedding_dim, layers)
+Trains: n * embedding(site).embedding_dim + network_size(net, embedding(site).embedding_dim, dim or embedding(site).embedding_dim, depth)
 Structure: the tokens' embeddings are unchanged
 Family: prompt
 Paper: Liu et al. 2021, arXiv 2103.10385, sec. 2 and 3
@@ -32,7 +32,7 @@ class PTuning(Method):
     neutral = False
 
     def __init__(
-        self, base: Base, *, n: int = 20, net: str = "mlp", dim: int | None = None, layers: int = 2, dropout: float = 0.0, std: float = 1.0,
+        self, base: Base, *, n: int = 20, net: str = "mlp", dim: int | None = None, depth: int = 2, dropout: float = 0.0, std: float = 1.0,
         at: str | int | Sequence[int] = "start", causal: bool | None = None, keep: bool = False,
     ):  # fmt: skip
         super().__init__(base)
@@ -42,7 +42,7 @@ class PTuning(Method):
             return
         d = embedding(base.site).embedding_dim
         self.E = nn.Parameter(torch.randn(n, d) * std)
-        self.f = PromptNetwork(net, d, positive_int("dim", dim or d, None), positive_int("layers", layers, None), unit_interval("dropout", dropout))
+        self.f = PromptNetwork(net, d, positive_int("dim", dim or d, None), positive_int("depth", depth, None), unit_interval("dropout", dropout))
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:

@@ -44,7 +44,7 @@ class Pfeiffer(Method):
 
     @classmethod
     def fits(cls, site) -> bool:
-        return site.n_out > 0
+        return site.n_in > 0 and site.n_out > 0
 
     def change(self, z: Tensor, onto: Tensor) -> Tensor:
         return onto + bottleneck.branch(self, z, self.s, self.f, self.path).to(onto.dtype)

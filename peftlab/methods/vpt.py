@@ -15,12 +15,10 @@ Aliases: vpt_deep = dict(deep=True); vpt_shallow = dict(deep=False)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from ..attend import attend, is_block, tokens_dim
+from ..attend import is_block, tokens_dim
 from ..method import Base, Method, positive_int
 from ..parts import outputs, prefix, slots
 
@@ -48,7 +46,7 @@ class VPT(Method):
         if len(lists) > 1:
             raise ValueError(f"deep=False goes through one list of blocks, not through {', '.join(map(repr, sorted(lists)))}: say targets=")
         ends = nn.Module()
-        ends.first, ends.last = sites[0].path, sites[-1].path
+        ends.first, ends.last, ends.inside = sites[0].path, sites[-1].path, {}
         return ends
 
     @classmethod
@@ -56,24 +54,35 @@ class VPT(Method):
         return site.kind == "module" and site.n_in == site.n_out > 0 and is_block(site.host)
 
     def forward(self, base: Base, *args, **kwargs):
-        return self.run(base, base, None if self.P is None else self.P[None], self.n, args, kwargs)
+        return self.run(base, None if self.P is None else self.P[None], self.n, self.n, None, args, kwargs)
 
-    def run(self, base: Base, block: Callable, P: Tensor | None, n: int, args: tuple, kwargs: dict):
-        """The block on the longer sequence; P (1 or B, n, d) where virtual tokens enter."""
+    def run(self, base: Base, P: Tensor | None, n: int, most: int, who: object, args: tuple, kwargs: dict):
+        """The block with n virtual tokens, P (1 or B, n, d) where they enter; on the way there is room for `most`, the last n of it theirs."""
         (x, *rest), d = args, self.dim
         if any(isinstance(t, Tensor) for t in (*rest, *kwargs.values())):
             raise ValueError(f"{base.path!r} was called with more tensors than its tokens, a mask perhaps, which cannot be lengthened by {n} virtual ones")
-        out = block(slots.among(x, P, self.at, d) if self.enters else x, *rest, **kwargs)
-        return outputs.edited(out, lambda y: slots.without(y, self.at, n, d)) if self.leaves else out
+        # Other adapters' tokens that entered below stand in front of these; how many, the first block's output shows.
+        inside = 0 if most == n or self.enters else self.common.inside[who]
+        x = slots.among(x, P, self.at, d) if self.enters else slots.without(x, self.at + inside, most - n, d)
+        out = base(x, *rest, **kwargs)
+        if self.leaves:
+            return outputs.edited(out, lambda y: slots.without(y, self.at, n, d))
+        if self.enters:
+            inside = self.common.inside[who] = outputs.hidden(out).shape[d] - x.shape[d]
+        return outputs.edited(out, lambda y: slots.among(y, y.new_zeros(1, most - n, y.shape[-1]), self.at + inside, d))
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         first, B = parts[0][0], args[0].shape[1 - parts[0][0].dim]
-        P, there = prefix.together([torch.zeros(m.n, 0) if m.P is None else m.P for m, _ in parts], [r for _, r in parts], B)
-
-        def block(x, *rest, **more):
-            seen = slots.among(there.new_ones(B, x.shape[first.dim] - P.shape[1]), there, first.at, 1)
-            return attend(base, lambda run, q, k, v, o: run(q, k, v, **prefix.lengthened(o, q, k.shape[-2], 0, None, seen)), x, *rest, **more)
-
-        everywhere = bool(there.all())  # else rows with fewer must not see what fills the others' places
-        return first.run(base, base if everywhere else block, P if first.enters else None, P.shape[1], args, kwargs)
+        rest = torch.ones(B, dtype=torch.bool)
+        groups: dict[int, list] = {}
+        for m, rows in parts:
+            rest[rows.cpu()] = False
+            groups.setdefault(m.n, []).append((torch.zeros(m.n, base.n_out) if m.P is None else m.P, rows))
+        if rest.any():
+            groups[0] = [(torch.zeros(0, base.n_out), rest.nonzero()[:, 0])]
+        who, runs = tuple(sorted((m.recipe.name, *rows.tolist()) for m, rows in parts)), []
+        for n, found in groups.items():
+            P, _ = prefix.together([p for p, _ in found], [rows for _, rows in found], B)
+            runs.append((first.run(base, P.to(args[0].device), n, max(groups), who, args, kwargs), torch.cat([rows for _, rows in found])))
+        return outputs.joined([out for out, _ in runs], [rows for _, rows in runs], B, first.dim)

@@ -50,7 +50,10 @@ class XLoRA(Method):
             return
         A, B = (torch.rand(n, r, base.n_in) * 2 - 1) / base.n_in**0.5, torch.zeros(n, base.n_out, r)
         if not isinstance(experts, int) and not base.meta:
-            A, B = (torch.stack(t) for t in zip(*(factors(base, name, r) for name in experts), strict=True))
+            if acting := base.acting & {*experts}:
+                raise ValueError(f"{min(acting)!r} acts at {base.path!r} itself and would count twice: switch it off first, activate(model, None)")
+            found = [router.factors(base.neighbours.get(name, ()), name, r, base.path, A[0], B[0]) for name in experts]
+            A, B = (torch.stack(t) for t in zip(*found, strict=True))
         for name, t in (("A", A), ("B", B)):
             self.register_parameter(name, nn.Parameter(t)) if train else self.register_buffer(name, t)
 
@@ -60,6 +63,9 @@ class XLoRA(Method):
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
+        held = {n for h in hosts if "peftlab" in h._modules for n in h._modules["peftlab"].sites}
+        if not isinstance(hyper["experts"], int) and not held.issuperset(hyper["experts"]):
+            raise ValueError(f"experts={hyper['experts']!r}: the layers meant hold {sorted(held) or 'no adapters'}")
         return model.place(":trunk")
 
     @classmethod
@@ -69,13 +75,8 @@ class XLoRA(Method):
             raise ValueError("xlora needs a model with one list of blocks, whose last hidden state its router reads")
         if isinstance(experts, int) and not train:
             raise ValueError(f"experts={experts!r} makes new experts, which start at zero: name trained LoRAs of this model, or say train=True")
-        known = {n for s in sites for n in Base(s).neighbours}
-        if not isinstance(experts, int) and sites[0].device.type != "meta" and (lost := [n for n in experts if n not in known]):
-            raise ValueError(f"there is no adapter {lost[0]!r} at the layers meant; they hold {sorted(known) or 'none'}")
-        layers = len(there) if layerwise else 1
-        common = router.Classifier(trunk[0].n_out, positive_int("dim", dim, None), positive_int("depth", depth, None), layers, count(experts), seed)
-        common.owner, common.index = min((s.path for s in trunk), key=len), {p: i for i, p in enumerate(there)}
-        return common
+        widths = (trunk[0].n_out, positive_int("dim", dim, None), positive_int("depth", depth, None))
+        return router.Classifier(*widths, there, layerwise, count(experts), min((s.path for s in trunk), key=len), seed)
 
     def mixed(self, x: Tensor, g: Tensor) -> Tensor:
         h = F.linear(x, self.A.flatten(0, 1).to(x.dtype)) * g.to(x.dtype).repeat_interleave(self.A.shape[1], -1)
@@ -87,12 +88,13 @@ class XLoRA(Method):
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         if parts[0][0].owner:
-            return twice(base, parts, args, kwargs)
+            if any(spots.named(base.site.host, args, kwargs).get(k) is not None for k in spots.CACHES):
+                raise ValueError(f"{base.path!r} was called with a KV cache, which the run for the gates would fill: generate(..., use_cache=False)")
+            return router.twice(lambda: base(*args, **kwargs), [(m.common, m.how, rows) for m, rows in parts])
         out = base(*args, **kwargs)
         if not base.pointwise:
             for m, _ in parts:
-                if m.common.reading:
-                    m.common.hidden = outputs.hidden(out).detach()
+                m.common.read(outputs.hidden(out))
             return out
         x = outputs.tensors(args, kwargs)[0]
         for m, rows in parts:
@@ -104,38 +106,3 @@ class XLoRA(Method):
             else:
                 out = outputs.by_rows(out, [(m, rows)], lambda m, y, at, g=g: y + m.mixed(x[at], g[at]))
         return out
-
-
-def twice(base: Base, parts, args: tuple, kwargs: dict):
-    """The run without experts that the gates are computed from, and the run with them."""
-    if any(spots.named(base.site.host, args, kwargs).get(k) is not None for k in spots.CACHES):
-        raise ValueError(f"{base.path!r} was called with a KV cache, which the run for the gates would fill: generate(..., use_cache=False)")
-    before = [m.common.reading for m, _ in parts]  # rows that stack two mixtures run this inside itself
-    for m, rows in parts:
-        m.common.set(None, rows)
-        m.common.reading = True
-    with torch.no_grad():
-        base(*args, **kwargs)
-    for (m, rows), old in zip(parts, before, strict=True):
-        m.common.reading = old
-        m.common.set(m.common(m.common.hidden, *m.how), rows)
-    out = base(*args, **kwargs)
-    for m, rows in parts:
-        m.common.set(None, rows)
-    return out
-
-
-def factors(base: Base, name: str, r: int) -> tuple[Tensor, Tensor]:
-    """A (r, n_in), B (n_out, r) with its scale, of the LoRA of that name at this host; zeros where it has none here."""
-    A, B = torch.zeros(r, base.n_in), torch.zeros(base.n_out, r)
-    for m in base.neighbours.get(name, ()):
-        found = getattr(m, "factors", None)
-        if found is None or getattr(m, "d", None) is not None:
-            raise ValueError(f"{name!r} at {base.path!r} is a {type(m).__name__} with more than two factors: X-LoRA mixes LoRAs without biases")
-        B, A = (t.detach().to("cpu", torch.float32) for t in found())
-        if name in base.acting:
-            raise ValueError(f"{name!r} acts at {base.path!r} itself: switch it off first, activate(model, None), so that it is not counted twice")
-        if A.shape[0] > r:
-            raise ValueError(f"{name!r} has rank {A.shape[0]} at {base.path!r}, more than r={r}")
-        A, B = router.padded(A, r, 0), router.padded(B * getattr(m, "s", 1.0), r, 1)
-    return A, B

@@ -27,6 +27,7 @@ class Sum(NamedTuple):
 
 
 def add(seen: Sum | None, count: int, value: Tensor) -> Sum:
+    """One more value, of `count` things."""
     value = working(value).cpu()
     return Sum(count, value.clone()) if seen is None else Sum(seen.count + count, seen.total.add_(value))
 
@@ -85,8 +86,8 @@ def context(seen: Sum | None, W: Tensor, r: int, s: float, path: str, last: bool
     C = damped(C / size)
     U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
     U, S, Vh = (U[:, -r:], S[-r:], Vh[-r:]) if last else (U[:, :r], S[:r], Vh[:r])
-    root = (S / s).sqrt() * c**0.5
-    return root[:, None] * torch.linalg.solve(C, Vh.mT).mT, U * root
+    sign, root = lowrank.signs(Vh), (S / s).sqrt() * c**0.5
+    return root[:, None] * torch.linalg.solve(C, (sign * Vh).mT).mT, U * sign.mT * root
 
 
 def damped(C: Tensor, damping: float = 0.01, tolerance: float = 0.05) -> Tensor:
@@ -103,7 +104,8 @@ def gradient_directions(seen: Sum | None, W: Tensor, r: int, s: float, path: str
     """A = c V_1..r', B = c U_r+1..2r of the mean gradient, c = m^1/4 / sqrt(GAMMA) (LoRA-GA, arXiv 2407.05000)."""
     U, _, Vh, _ = lowrank.randomized_svd(seen.total.to(W.device), 2 * r)
     c = W.shape[0] ** 0.25 / GAMMA**0.5
-    return c * Vh[:r], c * U[:, r:]
+    A, B = Vh[:r], U[:, r:].mT
+    return c * lowrank.signs(A) * A, c * (lowrank.signs(B) * B).mT
 
 
 class FromData(NamedTuple):

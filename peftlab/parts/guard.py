@@ -26,7 +26,7 @@ def demand_schedule(method: nn.Module, tensor: Tensor, limit: int = 20) -> None:
         if alive is None or alive.scheduled:
             return
         # The version does not see optimizers that write through `.data`; values do not see steps that leave these entries alone.
-        shard = p.to_local() if hasattr(p, "to_local") else p
+        shard = p.to_local() if type(p).__name__ == "DTensor" else p
         now = p._version, shard.detach().flatten()[:SAMPLE].clone()
         steps += seen is not None and (now[0] != seen[0] or not torch.equal(now[1], seen[1]))
         seen = now

@@ -153,6 +153,7 @@ Start = tuple[Tensor, Tensor, Error | None]
 
 
 def positive_scale(s: float) -> None:
+    """ValueError where the square root of a singular value over s does not exist."""
     if s <= 0:
         raise ValueError(f"this start divides by the scale alpha / r: {s} is not positive")
 
@@ -261,7 +262,12 @@ def directions(seen: Stream | None, r: int, path: str) -> Tensor:
     found = 0 if seen is None else int((seen.S > 0).sum())
     if found < r:
         raise ValueError(f"the data show {found} input directions at {path!r}: r={r} needs as many")
-    return seen.Vh[:r]
+    return seen.Vh[:r] * signs(seen.Vh[:r])
+
+
+def signs(V: Tensor) -> Tensor:
+    """The signs (rows, 1) that make the largest entry of every row positive: singular vectors are only given up to theirs."""
+    return V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
 
 
 # ---------------------------------------------------------------- norms

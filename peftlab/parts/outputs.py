@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -70,19 +71,21 @@ def by_rows(h: Tensor, parts: list, f: Callable) -> Tensor:
     return h
 
 
-def joined(values: list, rows: list, size: int) -> object:
-    """The same structure as every value, with the given rows (dimension 0, `size` of them) from each."""
+def joined(values: list, rows: list, size: int, tokens: int = 1) -> object:
+    """The same structure as every value, with the given rows from each; `tokens` is the dimension that counts tokens, 1 or 0, rows are the other."""
     one = values[0]
+    again = functools.partial(joined, rows=rows, size=size, tokens=tokens)
     if isinstance(one, Tensor):
-        if one.ndim == 0 or one.shape[0] != size:
+        d = 1 - tokens
+        if one.ndim <= d or one.shape[d] != size:
             return one
         out = one
         for v, r in zip(values[1:], rows[1:], strict=True):
-            out = out.index_copy(0, r.to(out.device), v.index_select(0, r.to(v.device)))
+            out = out.index_copy(d, r.to(out.device), v.index_select(d, r.to(v.device)))
         return out
     if isinstance(one, Mapping):
-        return type(one)(**{k: joined([v[k] for v in values], rows, size) for k in one})
+        return type(one)(**{k: again([v[k] for v in values]) for k in one})
     if isinstance(one, (tuple, list)):
-        found = [joined(list(v), rows, size) for v in zip(*values, strict=True)]
+        found = [again(list(v)) for v in zip(*values, strict=True)]
         return type(one)(*found) if is_named(one) else type(one)(found)
     return one

@@ -60,29 +60,24 @@ def in_front(run, q: Tensor, k: Tensor, v: Tensor, options: dict, K: Tensor, V: 
     return run(q, k, v, **lengthened(options, q, S, n, there))
 
 
-def lengthened(options: dict, q: Tensor, S: int, n: int, there: Tensor | None, own: Tensor | None = None) -> dict:
-    """The options of an attention call with n keys in front of its S, which every query sees, or the rows that have them: there (B, n).
-
-    own (B, S): which of the S keys a row has (None: all).
-    """
+def lengthened(options: dict, q: Tensor, S: int, n: int, there: Tensor | None) -> dict:
+    """The options of an attention call with n keys in front of its S, which every query sees, or the rows that have them: there (B, n)."""
     mask = options["attn_mask"]
     if options["is_causal"]:
         mask = torch.ones(q.shape[-2], S, dtype=torch.bool, device=q.device).tril()
-    if mask is None and there is None and own is None:
+    if mask is None and there is None:
         return options
     if mask is None:
         mask = torch.ones(1, 1, 1, S, dtype=torch.bool, device=q.device)
     mask = mask.expand(*mask.shape[:-1], S)
-    if there is None and own is None:
+    if there is None:
         return options | dict(attn_mask=F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0), is_causal=False)
     mask = mask[(None,) * (4 - mask.ndim)]
-    here = (there if own is None else own)[:, None, None, :]
+    seen = there[:, None, None, :]
     if mask.dtype != torch.bool:
-        here = torch.zeros(here.shape, dtype=mask.dtype, device=mask.device).masked_fill(~here, float("-inf"))
-    shape = (max(mask.shape[0], here.shape[0]), *mask.shape[1:3])
-    here, mask = here.expand(*shape, here.shape[-1]), mask.expand(*shape, S)
-    mask = torch.cat([here, mask], -1) if own is None else mask & here if mask.dtype == torch.bool else mask + here
-    return options | dict(attn_mask=mask, is_causal=False)
+        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, float("-inf"))
+    shape = (max(mask.shape[0], seen.shape[0]), *mask.shape[1:3])
+    return options | dict(attn_mask=torch.cat([seen.expand(*shape, n), mask.expand(*shape, S)], -1), is_causal=False)
 
 
 def gated(

@@ -6,6 +6,7 @@ for the recomputation dates the first run by its sequence number.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 import torch
@@ -52,6 +53,16 @@ class Recall:
         if moment < self.lost:
             raise RuntimeError(f"more than {REMEMBERED} forwards lie between a checkpointed forward and its backward")
         return next((value for until, value in self.past if moment < until), self.value)
+
+
+def checkpointed() -> bool:
+    """Whether this runs in the first, gradient-free forward of a block under reentrant activation checkpointing."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and {"run_function", "preserve_rng_state"} <= frame.f_locals.keys():
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _light(value):

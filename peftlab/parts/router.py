@@ -6,12 +6,13 @@ Legend: T tokens, E experts, k of them chosen for a token; logits, p, g (..., E)
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .recall import Recall
+from .recall import Recall, checkpointed
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +53,9 @@ class Classifier(nn.Module):
     hidden (B, T, d) -> gates (B, T, L, E): linear layers with ReLU between them, `depth` in all and `dim` wide inside.
     """
 
-    def __init__(self, d: int, dim: int, depth: int, layers: int, experts: int, seed: int):
+    def __init__(self, d: int, dim: int, depth: int, sites: list[str], layerwise: bool, experts: int, owner: str, seed: int):
         super().__init__()
+        layers = len(sites) if layerwise else 1
         widths = [d, *[dim] * (depth - 1), layers * experts]
         g = torch.Generator("cpu").manual_seed(seed)
         for i, (n, m) in enumerate(itertools.pairwise(widths)):
@@ -61,8 +63,8 @@ class Classifier(nn.Module):
             self.register_parameter(f"W{i}", nn.Parameter(W))
             self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(m)))
         self.depth, self.layers = depth, layers
-        self.gates, self.reading, self.hidden = Recall(), False, None
-        self.owner, self.index = "", {}  # the path of the module that runs twice, and the places of the expert sites among the gates
+        self.gates, self.hidden, self.reading = Recall(), Recall(), False
+        self.owner, self.index = owner, {path: i if layerwise else 0 for i, path in enumerate(sites)}  # the path of the module that runs twice; whose gates
 
     def forward(self, h: Tensor, k: int | None, softmax: bool, temperature: float) -> Tensor:
         W = self._parameters
@@ -72,6 +74,11 @@ class Classifier(nn.Module):
         g = z.unflatten(-1, (self.layers, -1)) / temperature
         g = g.softmax(-1) if softmax else g
         return g if k is None else g * torch.zeros_like(g).scatter(-1, g.topk(k, -1).indices, 1.0)
+
+    def read(self, h: Tensor) -> None:
+        """Keep the last hidden state of the run that the gates are computed from."""
+        if self.reading:
+            self.hidden.value = h.detach()
 
     def set(self, g: Tensor | None, rows: Tensor | None) -> None:
         """The gates from now on (None: no expert acts), of all rows of the batch or of some."""
@@ -89,14 +96,14 @@ class Classifier(nn.Module):
         g = self.gates.get()
         if g is None or (self.reading and g.shape[:2] != x.shape[:-1]):
             return None
-        if g.requires_grad and not torch.is_grad_enabled():
+        if g.requires_grad and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and checkpointed():
             raise RuntimeError(
                 f"{path!r} runs under reentrant activation checkpointing, which would cut its router off: use checkpoint(..., use_reentrant=False), "
                 'in transformers gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if g.shape[:2] != x.shape[:-1]:
             raise ValueError(f"{path!r} was called with {tuple(x.shape)}, where the gates are for {tuple(g.shape[:2])} tokens: exclude it")
-        return g[:, :, self.index[path] if self.layers > 1 else 0]
+        return g[:, :, self.index[path]]
 
 
 def classifier_size(d: int, dim: int, depth: int, layers: int, experts: int) -> int:
@@ -105,7 +112,32 @@ def classifier_size(d: int, dim: int, depth: int, layers: int, experts: int) -> 
     return sum((n + 1) * m for n, m in itertools.pairwise(widths))
 
 
-def padded(M: Tensor, r: int, dim: int) -> Tensor:
-    """M with zeros up to size r along `dim`: a factor of lower rank beside larger ones."""
-    short = r - M.shape[dim]
-    return M if short == 0 else torch.cat([M, M.new_zeros([short if i == dim else n for i, n in enumerate(M.shape)])], dim)
+def twice(run: Callable, parts: list[tuple[Classifier, tuple, Tensor | None]]):
+    """The run without experts that the gates are computed from, and the run with them; parts: (classifier, its options, rows of the batch)."""
+    before = [c.reading for c, _, _ in parts]  # rows that stack two mixtures run this inside itself
+    for c, _, rows in parts:
+        c.set(None, rows)
+        c.reading = True
+    with torch.no_grad():
+        run()
+    for (c, how, rows), old in zip(parts, before, strict=True):
+        c.reading = old
+        c.set(c(c.hidden.value, *how), rows)
+    out = run()
+    for c, _, rows in parts:
+        c.set(None, rows)
+    return out
+
+
+def factors(methods: list, name: str, r: int, path: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, n_in), B (n_out, r) with its scale, of a trained LoRA in float64; zeros where there is none, in the shapes of those given."""
+    A, B = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(B, dtype=torch.float64)
+    for m in methods:
+        found = getattr(m, "factors", None)
+        if found is None or getattr(m, "d", None) is not None:
+            raise ValueError(f"{name!r} at {path!r} is a {type(m).__name__} that is not just two factors: X-LoRA mixes LoRAs without biases")
+        B1, A1 = (t.detach().to(A) for t in found())
+        if len(A1) > r:
+            raise ValueError(f"{name!r} has rank {len(A1)} at {path!r}, more than r={r}")
+        A[: len(A1)], B[:, : len(A1)] = A1, B1 * getattr(m, "s", 1.0)
+    return A, B

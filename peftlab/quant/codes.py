@@ -23,6 +23,7 @@ from torch import Tensor
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALES = 256  # absmax values that share a second scale
+TILE = 1 << 19  # entries that are decoded at a time
 PIECE = 1 << 18  # entries that are quantised at a time: the temporaries stay in the cache
 FLOOR = 1e-38  # an absmax below this does not divide
 
@@ -41,10 +42,16 @@ class Format(NamedTuple):
 
     kind: str  # one of FORMATS
     shape: tuple[int, ...]  # of the dense tensor
-    dtype: torch.dtype  # in which its values are handed out
+    dtype: torch.dtype  # that the dense tensor had: values are rounded to it
     blocksize: int  # entries a scale; for int8 the length of a row
     double: bool  # whether the absmax are quantised themselves
     compute: torch.dtype | None = None  # in which the layer's product is formed; None: in the input's
+    cast: torch.dtype | None = None  # to which the model was converted since: rounded values are handed out in it
+
+    @property
+    def out(self) -> torch.dtype:
+        """The dtype in which values are handed out."""
+        return self.cast or self.dtype
 
     @property
     def numel(self) -> int:
@@ -72,30 +79,27 @@ class Packed(NamedTuple):
 # ---------------------------------------------------------------- code books
 
 
-@functools.cache
-def book(kind: str) -> Tensor:
-    """(16,) float32: the value of each code of nf4 and fp4."""
-    with torch.device("cpu"):
-        return torch.tensor(NF4 if kind == "nf4" else FP4, dtype=torch.float32)
+BOOKS = {k: torch.tensor(v, dtype=torch.float32, device="cpu") for k, v in (("nf4", NF4), ("fp4", FP4))}  # kind -> (16,), the value of each code
 
 
 @functools.cache
 def borders(kind: str) -> tuple[float, ...]:
     """The 15 midpoints between the sorted values; an entry on a border belongs to the lower side."""
-    values = book(kind)[list(ORDER[kind])]
+    values = BOOKS[kind][list(ORDER[kind])]
     return tuple(((values[:-1] + values[1:]) / 2).tolist())
 
 
-@functools.cache
-def dynamic() -> Tensor:
+def _dynamic() -> Tensor:
     """(256,) float32, ascending: 0, 1 and +-10^(k - 6) times the midpoints of 2^k equal parts of [0.1, 1], k = 0..6."""
-    with torch.device("cpu"):
-        found = [torch.zeros(1), torch.ones(1)]
-        for k in range(7):
-            ends = torch.linspace(0.1, 1, 2**k + 1, dtype=torch.float32)
-            part = 10 ** (k - 6) * ((ends[:-1] + ends[1:]) / 2)
-            found += [part, -part]
-        return torch.cat(found).sort().values
+    found = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
+    for k in range(7):
+        ends = torch.linspace(0.1, 1, 2**k + 1, dtype=torch.float32, device="cpu")
+        part = 10 ** (k - 6) * ((ends[:-1] + ends[1:]) / 2)
+        found += [part, -part]
+    return torch.cat(found).sort().values
+
+
+DYNAMIC = _dynamic()
 
 
 @functools.cache
@@ -103,7 +107,7 @@ def _nearest() -> Tensor:
     """(65536,) uint8: the code of `dynamic` that is nearest to the middle of each of 65,536 cells of [-1, 1]."""
     with torch.device("cpu"):
         middle = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
-        values = dynamic().double()
+        values = DYNAMIC.double()
         return torch.bucketize(middle, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
@@ -120,7 +124,7 @@ def _quads(kind: str, device: torch.device) -> Tensor:
     with torch.device("cpu"):
         both = torch.arange(65536)
         first, second = both & 255, both >> 8
-        return book(kind)[torch.stack([first >> 4, first & 15, second >> 4, second & 15], 1)].to(device)
+        return BOOKS[kind][torch.stack([first >> 4, first & 15, second >> 4, second & 15], 1)].to(device)
 
 
 # ---------------------------------------------------------------- quantise
@@ -227,11 +231,17 @@ def _quantise_rows(W: Tensor, form: Format) -> Packed:
 
 def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
     """float32 absmax of the blocks first..last."""
-    absmax = p.absmax[first:last]
     if p.nested_absmax is None:
-        return absmax
-    which = torch.arange(first, first + len(absmax), device=absmax.device) // SCALES
-    return dynamic().to(absmax.device)[absmax.int()] * p.nested_absmax[which] + p.offset
+        return p.absmax[first:last]
+    blocks = p.format.blocks
+    last = blocks if last is None else last
+    low, high = first // SCALES * SCALES, min(-(-last // SCALES) * SCALES, blocks)  # whole blocks of scales
+    values = torch.index_select(DYNAMIC.to(p.absmax.device), 0, p.absmax[low:high].int())
+    second = p.nested_absmax[low // SCALES : -(-high // SCALES)]
+    if (high - low) % SCALES:
+        second = second.repeat_interleave(SCALES)[: high - low]
+        return values.mul_(second).add_(p.offset)[first - low : last - low]
+    return values.view(-1, SCALES).mul_(second[:, None]).add_(p.offset).view(-1)[first - low : last - low]
 
 
 def decode(p: Packed, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -261,12 +271,14 @@ def room(p: Packed, entries: int) -> int:
 
 def _look_up(codes: Tensor, kind: str, out: Tensor) -> Tensor:
     """The book's values of packed codes, two a byte, in `out`."""
+    if torch.compiler.is_compiling() or type(codes) is not Tensor:  # compilers fuse this, and what is made of fake tensors must not be cached
+        return BOOKS[kind].to(codes.device)[torch.stack([codes >> 4, codes & 15], 1).int()].flatten()
     if codes.storage_offset() % 2:
         codes = codes.clone()
     even = len(codes) // 2 * 2
     pairs = codes[:even].view(torch.uint16).int()
     table, quads = _quads(kind, codes.device), out[: 2 * even].view(-1, 4)
-    if codes.device.type == "cpu" and type(codes) is Tensor and not torch.compiler.is_compiling():
+    if codes.device.type == "cpu":
         # One 16-byte element a look-up: three times as fast as rows of four.
         torch.index_select(_sixteen_bytes(table), 0, pairs, out=_sixteen_bytes(quads))
     else:
@@ -293,20 +305,26 @@ def _decode_rows(p: Packed, start: int, stop: int, out: Tensor | None) -> Tensor
 
 
 @torch.no_grad()
-def dequantise(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense tensor in its dtype (or another): a product in float32, rounded once."""
-    form, dtype = p.format, dtype or p.format.dtype
-    if p.codes.is_meta:
-        return torch.empty(form.shape, dtype=dtype, device="meta")
-    n = form.numel
-    if dtype == torch.float32:
-        return decode(p, 0, n).view(form.shape)
-    out = torch.empty(n, dtype=dtype, device=p.codes.device)
-    piece = max(PIECE, form.blocksize) // max(form.blocksize, 1) * form.blocksize
-    scratch = torch.empty(room(p, piece), dtype=torch.float32, device=p.codes.device)
-    for i in range(0, n, piece or 1):
-        out[i : i + piece].copy_(decode(p, i, min(i + piece, n), scratch))
-    return out.view(form.shape)
+def dequantise(p: Packed, out: Tensor | None = None) -> Tensor:
+    """The dense tensor in its dtype, in new memory or in a contiguous `out` of its shape (in whose dtype it then is).
+
+    A product in float32, rounded once.
+    """
+    form = p.format
+    out = torch.empty(form.shape, dtype=form.dtype, device=p.codes.device) if out is None else out
+    n, b = form.numel, form.blocksize
+    if p.codes.is_meta or not n:
+        return out
+    flat, piece = out.view(-1), max(TILE // b, 1) * b
+    scratch = None
+    for i in range(0, n, piece):
+        j = min(i + piece, n)
+        if out.dtype == torch.float32 and n % 2 == 0:
+            decode(p, i, j, flat[i:j])
+        else:
+            scratch = torch.empty(room(p, min(piece, n)), dtype=torch.float32, device=out.device) if scratch is None else scratch
+            flat[i:j].copy_(decode(p, i, j, scratch))
+    return out
 
 
 def entries(p: Packed, index: Tensor) -> Tensor:
@@ -319,5 +337,5 @@ def entries(p: Packed, index: Tensor) -> Tensor:
     block = index // b
     top = p.absmax[block]
     if p.nested_absmax is not None:
-        top = dynamic().to(top.device)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
-    return book(p.format.kind).to(top.device)[code] * top
+        top = DYNAMIC.to(top.device)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
+    return BOOKS[p.format.kind].to(top.device)[code] * top

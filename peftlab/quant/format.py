@@ -1,10 +1,10 @@
 """The state-dict keys of bitsandbytes: writing them, and reading them without bitsandbytes.
 
-    <param>                                       codes: uint8 (ceil(n / 2), 1), or int8 (n_out, n_in)
-    <param>.absmax, <param>.quant_map             scales of the blocks (uint8 with double quantisation), values of the 16 codes
-    <param>.nested_absmax, .nested_quant_map      scales of the scales, values of the 256 codes
-    <param>.quant_state.bitsandbytes__nf4         JSON in uint8: blocksize, dtype, shape, nested_blocksize, nested_dtype, nested_offset
-    SCB, weight_format                            int8: scales of the rows, 0 for row-major (beside `weight`; <param>.SCB for other names)
+<param>                                       codes: uint8 (ceil(n / 2), 1), or int8 (n_out, n_in)
+<param>.absmax, <param>.quant_map             scales of the blocks (uint8 with double quantisation), values of the 16 codes
+<param>.nested_absmax, .nested_quant_map      scales of the scales, values of the 256 codes
+<param>.quant_state.bitsandbytes__nf4         JSON in uint8: blocksize, dtype, shape, nested_blocksize, nested_dtype, nested_offset
+SCB, weight_format                            int8: scales of the rows, 0 for row-major (beside `weight`; <param>.SCB for other names)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .codes import BLOCKSIZES, SCALES, Format, Packed, book, dynamic
+from .codes import BLOCKSIZES, BOOKS, DYNAMIC, SCALES, Format, Packed
 
 STATE = "quant_state.bitsandbytes__"
 
@@ -42,9 +42,9 @@ def write(param: str, p: Packed) -> dict[str, Tensor]:
         scb, layout = keys_of(param)
         return {scb: p.absmax, layout: torch.tensor(0, dtype=torch.uint8, device="cpu")}
     facts = {"quant_type": form.kind, "blocksize": form.blocksize, "dtype": str(form.dtype).removeprefix("torch."), "shape": list(form.shape)}
-    out = {f"{param}.absmax": p.absmax, f"{param}.quant_map": book(form.kind).to(p.absmax.device, copy=True)}
+    out = {f"{param}.absmax": p.absmax, f"{param}.quant_map": BOOKS[form.kind].to(p.absmax.device, copy=True)}
     if form.double:
-        out |= {f"{param}.nested_absmax": p.nested_absmax, f"{param}.nested_quant_map": dynamic().to(p.absmax.device, copy=True)}
+        out |= {f"{param}.nested_absmax": p.nested_absmax, f"{param}.nested_quant_map": DYNAMIC.to(p.absmax.device, copy=True)}
         offset = 0.0 if p.offset.is_meta else p.offset.item()
         facts |= {"nested_blocksize": SCALES, "nested_dtype": "float32", "nested_offset": offset}
     text = json.dumps(facts).encode()
@@ -101,7 +101,7 @@ def _read_blocks(param: str, state: Mapping[str, Tensor], kind: str, compute) ->
     missing = [k for k, t in found.items() if t is None and (double or not k.startswith("nested"))]
     if missing:
         raise FormatError(f"{param!r}: {', '.join(f'{param}.{k}' for k in missing)} missing")
-    for name, mine in (("quant_map", book(kind)), ("nested_quant_map", dynamic())):
+    for name, mine in (("quant_map", BOOKS[kind]), ("nested_quant_map", DYNAMIC)):
         if found[name] is not None and not found[name].is_meta and not torch.equal(found[name].cpu().float(), mine):
             raise FormatError(f"{param!r}: {param}.{name} is not the code book of {kind}")
     sizes = (codes.numel(), -(-math.prod(shape) // 2)), (found["absmax"].numel(), form.blocks)

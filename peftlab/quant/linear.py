@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import Adapted, adapted_class, original_class, seen_of
 from . import format as keys
-from .codes import Format, Packed, decode, dequantise, entries, room
+from .codes import TILE, Format, Packed, decode, dequantise, entries, room
 
-TILE = 1 << 19  # entries of the weight that are decoded at a time
 SCALES = ("absmax", "nested_absmax", "nested_offset")  # suffixes of the buffers, in the order of Packed
 
 
@@ -70,13 +69,17 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
 def _tile(p: Packed, i: int, j: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
     """Rows i..j of the weight, rounded to its own dtype and then cast to that of the product."""
     n = p.format.shape[1]
-    return decode(p, i * n, j * n, scratch).view(j - i, n).to(p.format.dtype).to(dtype)
+    return decode(p, i * n, j * n, scratch).view(j - i, n).to(p.format.dtype).to(p.format.out).to(dtype)
+
+
+def activation(x: Tensor) -> torch.dtype:
+    """The dtype of what a linear layer makes of x: autocast's, or that of x."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def product(m: nn.Module, x: Tensor, b: Tensor | None) -> Tensor:
-    """The frozen product of a packed linear-like layer, in the dtype of x (under autocast in autocast's)."""
-    p = packed(m, "weight")
-    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """The frozen product of a packed linear-like layer."""
+    p, kind = packed(m, "weight"), activation(x)
     dtype = p.format.compute or kind
     y = Product.apply(x.to(dtype), None if b is None else b.to(dtype), p.format, False, *p[1:])
     return y.to(kind)
@@ -89,8 +92,8 @@ class PackedLinear(layers.Linear):
     """A linear layer on codes; while adapters are merged its weight is dense, and then this is the plain rule."""
 
     def affine(self, m, W, b, x):
-        dtype = m.peftlab_formats["weight"].compute or x.dtype
-        return F.linear(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)).to(x.dtype)
+        dtype = m.peftlab_formats["weight"].compute
+        return super().affine(m, W, b, x) if dtype is None else super().affine(m, W, b, x.to(dtype)).to(activation(x))
 
     def plus(self, m, W, b, x, B, h):
         if not layers.holds_codes(m, "weight"):
@@ -114,7 +117,7 @@ def lookup(m: nn.Module, index: Tensor) -> Tensor:
     """Decoded rows of a packed table, (*index.shape, dim); no other row is decoded."""
     p = packed(m, "weight")
     dim = p.format.shape[1]
-    return entries(p, index[..., None] * dim + torch.arange(dim, device=index.device)).to(p.format.dtype)
+    return entries(p, index[..., None] * dim + torch.arange(dim, device=index.device)).to(p.format.dtype).to(p.format.out)
 
 
 LINEAR, CONV1D, EMBEDDING = PackedLinear(), PackedConv1D(), PackedEmbedding()
@@ -143,7 +146,8 @@ class Packing(layers.Quantised):
 
     def peftlab_dense(self, param: str, kept: dict[str, Tensor]) -> Tensor:
         p = packed(self, param, kept)
-        return dequantise(p).t() if self._packed_flip else dequantise(p)
+        W = dequantise(p).to(p.format.out)
+        return W.t() if self._packed_flip else W
 
     def extra_repr(self) -> str:
         kinds = sorted({f.kind for f in self.peftlab_formats.values()})
@@ -151,6 +155,11 @@ class Packing(layers.Quantised):
 
     def _apply(self, fn, recurse=True):
         """Scales go where the module goes, and keep their precision: as whole numbers, conversions of floats pass them by."""
+        with torch.no_grad():
+            for param, form in self.peftlab_formats.items():
+                probe = fn(torch.empty(0, dtype=form.out, device=self._parameters[param].device))
+                if isinstance(probe, Tensor) and probe.is_floating_point():
+                    self.peftlab_formats = {**self.peftlab_formats, param: form._replace(cast=None if probe.dtype == form.dtype else probe.dtype)}
         found = [k for k in scale_names(self) if self._buffers[k].dtype == torch.float32]
         for k in found:
             self._buffers[k] = self._buffers[k].view(torch.int32)
@@ -203,7 +212,7 @@ class Packing(layers.Quantised):
             else:
                 with torch.no_grad():
                     old.copy_(t)
-        self.peftlab_formats = {**self.peftlab_formats, param: found.format}
+        self.peftlab_formats = {**self.peftlab_formats, param: found.format._replace(cast=form.cast)}
 
 
 class Kept(type):

@@ -1,0 +1,201 @@
+"""Weights from safetensors files, one tensor at a time: quantised as they are read, or taken as the codes that they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from .. import layers
+from ..host import Adapted, bare, paused_gc
+from ..patterns import did_you_mean
+from ..sites import Model, ensure_module, join, select_from, storage
+from ..wrap import check_dtype
+from . import format as keys
+from .api import _Packs, places, works_on_codes
+from .codes import Packed, check, quantise
+from .linear import Packing, pack
+
+
+@paused_gc()
+def load_quantized(
+    model: nn.Module, files: str | os.PathLike | Iterable, kind: str | None = "nf4", *, targets=None, exclude=None, blocksize: int | None = None,
+    double_quant: bool | None = None, compute_dtype: torch.dtype | None = None, dtype: torch.dtype | None = None,
+    rename: Callable[[str], str | None] | None = None, progress: Callable | None = None,
+) -> nn.Module:  # fmt: skip
+    """Fill a model, best one on meta, from safetensors files, packing the weights that the patterns mean while they are read.
+
+    No more than one dense tensor is in memory beside what the model keeps, so that a checkpoint larger than memory can be prepared.
+    Weights that the files hold as codes (the keys of bitsandbytes: nf4, fp4 or int8) are taken as they are, whatever `kind` says.
+
+    Args:
+        model: dense and without adapters; its parameters may be on meta, its non-persistent buffers must be real.
+        files: one file, several, or a folder of them.
+        kind, targets, exclude, blocksize, double_quant, compute_dtype, progress: as for `quantize`; kind=None packs nothing.
+        dtype: of the floating tensors that stay dense, and of the packed ones' values (the files' by default).
+        rename: the model's name of a tensor by the file's; None leaves the tensor out.
+
+    Raises:
+        PatternError, ValueError, TypeError: for names or shapes that do not fit, tensors that no file has, and what `quantize` refuses. The model
+            is then unchanged.
+    """
+    root = bare(ensure_module(model))
+    check_dtype(compute_dtype)
+    check_dtype(dtype)
+    if kind is not None:
+        check(kind, blocksize, double_quant)
+    found = _listed(files, rename)
+    view = Model.of(root)
+    odd = next((p for k, m in view.modules.items() if isinstance(m, (Packing, Adapted)) for p in view.paths[k]), None)
+    if odd is not None:
+        raise ValueError(f"{odd!r} is quantised or adapted already: load into a model as it was built")
+    slots = _slots(view)
+    coded = {name: keys.kind_in(n, _state(found, name)) for name, (m, n) in slots.items() if n in m._parameters}
+    coded = {name: what for name, what in coded.items() if what is not None}
+    sites = {id(s.host): {} for s in places(view)}
+    for s in places(view):
+        sites[id(s.host)][s.param] = s
+    wanted = {}
+    if kind is not None:
+        chosen, _ = select_from(view, _Packs, "load_quantized", list(places(view)), targets, exclude)
+        wanted = {path: s for s in chosen if (path := join(view.path(s.host), s.param)) not in coded}
+    _compare(view, slots, found, coded, wanted)
+    double = kind != "int8" if double_quant is None else double_quant
+    staged: list[tuple[str, Tensor | Packed]] = []
+    todo = [name for name in slots if name in found and not _second_end(view, slots, name)]
+    for done, name in enumerate(todo, 1):
+        m, n = slots[name]
+        site = sites.get(id(m), {}).get(n)
+        flip = site is not None and isinstance(site.rule, layers.Conv1D) and works_on_codes(view, site)
+        t = _read(found, name)
+        if name in coded:
+            part = keys.read(n, {k: (t if k == n else _read(found, f)) for k, f in _state(found, name).items()}, compute_dtype, dtype)
+            _same_shape(name, part.format.shape, site, flip)
+        elif name in wanted:
+            t = t if dtype is None else t.to(dtype)
+            part = quantise(t.t() if flip else t, kind, blocksize, double)
+            part = part._replace(format=part.format._replace(compute=compute_dtype))
+        else:
+            part = t.to(dtype) if dtype is not None and t.is_floating_point() else t
+        staged.append((name, part))
+        if progress is not None:
+            progress(done, len(todo), name)
+    for name, part in staged:
+        _commit(view, slots, name, part, sites)
+    return model
+
+
+def _listed(files, rename: Callable | None) -> dict[str, tuple[str, str]]:
+    """Tensor name in the model -> (file, name in the file)."""
+    many = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    paths = [p for f in many for p in (sorted(Path(f).glob("*.safetensors")) if Path(f).is_dir() else [Path(f)])]
+    if not paths:
+        raise ValueError(f"files={files!r}: no safetensors file there")
+    out: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        with safetensors.safe_open(path, "pt") as f:
+            for key in f.keys():  # noqa: SIM118 - not a dict
+                name = key if rename is None else rename(key)
+                if name is None:
+                    continue
+                if name in out:
+                    raise ValueError(f"{name!r} is in {out[name][0]!r} and in {str(path)!r}")
+                out[name] = (str(path), key)
+    return out
+
+
+def _read(found: dict, name: str) -> Tensor:
+    path, key = found[name]
+    with safetensors.safe_open(path, "pt") as f:
+        return f.get_tensor(key)
+
+
+def _slots(view: Model) -> dict[str, tuple[nn.Module, str]]:
+    """The model's parameters and saved buffers by every name that they have."""
+    out = {}
+    for path, m in view.at.items():
+        saved = {n: b for n, b in m._buffers.items() if n not in m._non_persistent_buffers_set}
+        out |= {join(path, n): (m, n) for n, t in [*m._parameters.items(), *saved.items()] if t is not None}
+    return out
+
+
+def _state(found: dict, name: str) -> dict[str, str]:
+    """The names of everything in the files that belongs to one parameter, by their keys in its module's state."""
+    path, _, n = name.rpartition(".")
+    prefix = f"{path}." if path else ""
+    close = (name, *(f"{name}.{k}" for k in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")))
+    close += tuple(f"{name}.{keys.STATE}{kind}" for kind in ("nf4", "fp4")) + tuple(prefix + k for k in keys.keys_of(n))
+    return {k.removeprefix(prefix): k for k in close if k in found}
+
+
+def _compare(view: Model, slots: dict, found: dict, coded: dict, wanted: dict) -> None:
+    """Raise unless every tensor has its place and every place its tensor."""
+    used = {f for name in slots if name in found for f in (_state(found, name).values() if name in coded else (name,))}
+    extra = sorted(found.keys() - used)
+    if extra:
+        raise ValueError(f"{len(extra)} tensors of the files have no place in this model, {extra[0]!r} among them.{did_you_mean(extra[0], slots)}")
+    missing = [k for k, (m, n) in slots.items() if k not in found and not _elsewhere(view, slots, found, k)]
+    if missing:
+        raise ValueError(f"{len(missing)} tensors of this model are in no file, {missing[0]!r} among them.{did_you_mean(missing[0], found)}")
+    for m in view.modules.values():
+        hollow = next((n for n, b in m._buffers.items() if b is not None and b.is_meta and n in m._non_persistent_buffers_set), None)
+        if hollow is not None:
+            raise ValueError(
+                f"the buffer {join(view.path(m), hollow)!r} is on meta and never saved: build the model with real buffers "
+                "(accelerate's init_empty_weights(include_buffers=False) does)"
+            )
+    for name, (m, n) in slots.items():
+        if name in found and name not in coded:
+            path, key = found[name]
+            with safetensors.safe_open(path, "pt") as f:
+                shape = tuple(f.get_slice(key).get_shape())
+            t = m._parameters.get(n) if n in m._parameters else m._buffers[n]
+            if shape != tuple(t.shape):
+                raise ValueError(f"{name!r} has shape {shape} in the file and {tuple(t.shape)} in the model")
+    for name, s in wanted.items():
+        if len(view.owners[storage(s.host._parameters[s.param])]) > 1:
+            raise ValueError(f"{name!r} is tied to another parameter: exclude it")
+        if getattr(s.host, "max_norm", None) is not None:
+            raise ValueError(f"{name!r} has max_norm: torch edits its table while it is read")
+
+
+def _ends(view: Model, slots: dict, name: str) -> Iterator[str]:
+    """All names of one tensor: other paths of its module, and parameters that are tied to it."""
+    m, n = slots[name]
+    owners = view.owners.get(storage(m._parameters[n]), []) if n in m._parameters else [(m, n)]
+    for host, param in owners:
+        yield from (join(p, param) for p in view.paths[id(host)])
+
+
+def _elsewhere(view: Model, slots: dict, found: dict, name: str) -> bool:
+    return any(other in found for other in _ends(view, slots, name))
+
+
+def _second_end(view: Model, slots: dict, name: str) -> bool:
+    """Whether another name of the same tensor comes first: files may hold tied tensors twice."""
+    ends = set(_ends(view, slots, name))
+    return next(k for k in slots if k in ends) != name
+
+
+def _same_shape(name: str, shape: tuple, site, flip: bool) -> None:
+    if site is None:
+        raise ValueError(f"{name!r} is quantised in the file and cannot be packed in this model")
+    wanted = site.shape[::-1] if flip else site.shape
+    if shape != wanted:
+        raise ValueError(f"{name!r} has shape {shape} in the file and {wanted} in the model")
+
+
+def _commit(view: Model, slots: dict, name: str, part: Tensor | Packed, sites: dict) -> None:
+    m, n = slots[name]
+    if isinstance(part, Packed):
+        pack(m, n, part, works_on_codes(view, sites[id(m)][n]))
+    elif n in m._parameters:
+        new = nn.Parameter(part, requires_grad=m._parameters[n].requires_grad and part.is_floating_point())
+        for host, param in view.owners[storage(m._parameters[n])]:
+            host._parameters[param] = new
+    else:
+        m._buffers[n] = part

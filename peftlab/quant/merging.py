@@ -1,0 +1,89 @@
+"""Merging onto a quantised base: onto what, what is then stored, and how far that is from what the adapters did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import layers
+from ..patterns import did_you_mean
+from ..sites import join
+from .codes import dequantise, quantise
+from .linear import SCALES, packed
+
+CHOICES = (
+    "onto='dequantized' (dense weights: the decoded values with the adapters in them), onto='requantized' (rounded to codes again), or the model or the "
+    "mapping with the weights that were quantised (dense: these with the adapters in them, which were trained beside other values)"
+)
+
+
+class Onto(NamedTuple):
+    """What one module's adapters are merged onto."""
+
+    how: str  # dequantized | requantized | originals
+    originals: dict[str, Tensor]  # dense weights by parameter
+
+    def same(self, other: Onto) -> bool:
+        """Whether both are the same choice of the same weights."""
+        mine, theirs = self.originals, other.originals
+        return self.how == other.how and all(k not in mine or mine[k].data_ptr() == t.data_ptr() for k, t in theirs.items())
+
+
+def choose(onto: object, hosts: list[tuple[str, nn.Module, set[str]]]) -> list[Onto | None]:
+    """What the adapters at each (path, module, changed parameters) are merged onto; None where no packed parameter is changed."""
+    packs = [sorted(p for p in params if isinstance(m, layers.Quantised) and p in m.peftlab_formats) for _, m, params in hosts]
+    first = next((path for (path, _, _), mine in zip(hosts, packs, strict=True) if mine), None)
+    if first is None:
+        if onto is not None:
+            raise ValueError("onto= says what becomes of a quantised base; none of the merged layers is quantised")
+        return [None] * len(hosts)
+    if onto is None:
+        raise ValueError(f"{first!r} is quantised: say onto what the adapters are merged: {CHOICES}")
+    if isinstance(onto, str):
+        if onto not in ("dequantized", "requantized"):
+            raise ValueError(f"onto={onto!r}: {CHOICES}.{did_you_mean(onto, ('dequantized', 'requantized'))}")
+        return [Onto(onto, {}) if mine else None for mine in packs]
+    if isinstance(onto, nn.Module):
+        onto = dict(onto.named_parameters(remove_duplicate=False))
+    if not isinstance(onto, Mapping):
+        raise TypeError(f"onto={onto!r:.80}: {CHOICES}")
+    return [Onto("originals", {p: _original(onto, path, m, p) for p in mine}) if mine else None for (path, m, _), mine in zip(hosts, packs, strict=True)]
+
+
+def _original(given: Mapping[str, Tensor], path: str, m: nn.Module, param: str) -> Tensor:
+    key, like = join(path, param), layers.outline(m, param)
+    if key not in given:
+        raise ValueError(f"onto=: the weights that were given lack {key!r}.{did_you_mean(key, given)}")
+    W = given[key].detach()
+    shape = m.peftlab_formats[param].shape
+    if tuple(W.shape) not in (tuple(like.shape), shape[::-1] if m._packed_flip else shape) or not W.is_floating_point() or W.is_meta:
+        raise ValueError(f"onto=: {key!r} is {W.dtype} {tuple(W.shape)} on {W.device}; dense weights of shape {tuple(like.shape)} are wanted")
+    return W.to(m._parameters[param].device)
+
+
+def stored(m: nn.Module, param: str, value: Tensor, onto: Onto | None) -> dict[str, Tensor]:
+    """The tensors that hold a merged value, by name: the value itself, or codes and scales."""
+    if onto is None or onto.how != "requantized" or param not in m.peftlab_formats:
+        return {param: value}
+    form = m.peftlab_formats[param]
+    p = quantise(value.t() if m._packed_flip else value, form.kind, None if form.kind == "int8" else form.blocksize, form.double, form.dtype)
+    return {param: p.codes} | {f"{param}_{s}": t for s, t in zip(SCALES, p[2:], strict=True) if t is not None}
+
+
+def value_of(m: nn.Module, param: str, tensors: dict[str, Tensor]) -> Tensor:
+    """The dense value that stored tensors stand for, in the parameter's raw layout."""
+    if tensors[param].is_floating_point():
+        return tensors[param]
+    W = dequantise(packed(m, param, tensors)).to(m.peftlab_formats[param].out)
+    return W.t() if m._packed_flip else W
+
+
+def distance(there: Tensor, wanted: Tensor) -> float:
+    """|there - wanted|_F / |wanted|_F: for inputs without preferred directions, the expected relative error of the layer's output."""
+    with torch.no_grad():
+        size = torch.linalg.vector_norm(wanted.double() if wanted.dtype == torch.float64 else wanted.float())
+        gap = torch.linalg.vector_norm(there.to(wanted.device, wanted.dtype) - wanted)
+        return (gap / size).item() if size else gap.item()

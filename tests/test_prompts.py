@@ -1,0 +1,659 @@
+"""Methods on input tokens: virtual tokens at the stack and at the blocks, against manual concatenation, HF peft, and other ways of running."""
+
+from __future__ import annotations
+
+import copy
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CAUSAL, DECODERS, Own, batch, hf, methods_of, perturb
+from torch import Tensor, nn
+
+import peftlab
+from peftlab.parts.slots import Slots, around_cache
+
+transformers = pytest.importorskip("transformers")
+
+TIGHT = dict(rtol=1e-9, atol=1e-10)
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+GREEDY = dict(max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=None)
+METHODS = {
+    "prompt_tuning": dict(n=4),
+    "prompt_tuning-template": dict(n=4, at=[0, 2, 2, 3]),
+    "p_tuning": dict(n=4, at=1, dim=8),
+    "p_tuning-lstm": dict(n=3, net="lstm", dim=8, depth=2),
+}
+
+
+def wrapped(model: nn.Module, method: str, size: float = 0.3, **more) -> nn.Module:
+    return perturb(peftlab.wrap(model, method.partition("-")[0], **(METHODS.get(method, {}) | more)), size)
+
+
+def stack_of(model: nn.Module) -> nn.Module:
+    return next(m for _, m in methods_of(model).items())
+
+
+# ---------------------------------------------------------------- slots
+
+
+@given(st.data())
+def test_slots_are_manual_concatenation(data):
+    L, n, left, right = (data.draw(st.integers(a, b)) for a, b in ((1, 6), (1, 4), (0, 3), (0, 3)))
+    kind = data.draw(st.sampled_from(["start", "end", "place", "from the end", "each"]))
+    place = data.draw(st.integers(0, L))
+    each = sorted(data.draw(st.lists(st.integers(0, L), min_size=n, max_size=n)))
+    at = {"start": "start", "end": "end", "place": place, "from the end": -place if place else "end", "each": each}[kind]
+    cuts = {"start": [0] * n, "end": [L] * n, "place": [place] * n, "from the end": [L - place] * n, "each": each}[kind]
+    g = torch.Generator().manual_seed(0)
+    x, P = torch.randn(1, left + L + right, 3, generator=g), torch.randn(n, 3, generator=g)
+    real = torch.zeros(1, left + L + right, dtype=torch.bool)
+    real[:, left : left + L] = True
+    slots = Slots(at, n, x, real if left + right or data.draw(st.booleans()) else None)
+    wanted, where = oracles.prompt_tuning(list(x[0, left : left + L]), P, cuts)
+    y = slots.put(x, P[None])
+    assert torch.equal(y[0, left : left + L + n], wanted)
+    assert torch.equal(slots.take(y), x)
+    positions = slots.positions((torch.arange(left + L + right) - left)[None].clamp_min(0))
+    assert torch.equal(positions[0, left : left + L + n], torch.arange(L + n))
+    last = slots.take(y, last=True)[0, left : left + L]
+    for i in range(L - 1):
+        assert torch.equal(last[i], wanted[where[i + 1] - 1])
+    if right == 0:
+        assert torch.equal(last[-1], wanted[-1])
+
+
+def test_a_mask_is_lengthened_before_each_rows_first_token():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    wanted = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    assert torch.equal(around_cache(mask, torch.ones(1, 2, dtype=torch.long)), wanted)
+    some = around_cache(mask, torch.tensor([[False, True], [True, True], [False, False]]))
+    assert torch.equal(some, torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]))
+
+
+# ---------------------------------------------------------------- manual concatenation
+
+
+def by_hand(base: nn.Module, x: dict, P: Tensor, at: list[int], last: bool) -> list[Tensor]:
+    """Row by row, without padding: the embedded tokens with P among them, through the untouched model."""
+    out = []
+    for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True):
+        tokens = base.get_input_embeddings()(ids[mask.bool()])
+        e, where = oracles.prompt_tuning(list(tokens), P, at)
+        y = base(inputs_embeds=e[None]).logits[0]
+        out.append(y[[*(w - 1 for w in where[1:]), len(e) - 1] if last else where])
+    return out
+
+
+@pytest.mark.parametrize("at", ["start", 2, "end", [0, 1, 1, 4]], ids=str)
+@pytest.mark.parametrize("name", [*CAUSAL, "bert"])
+def test_prompt_is_manual_concatenation(name, at):
+    base, x = hf(name, torch.float64), batch(name)
+    model = wrapped(copy.deepcopy(base), "prompt_tuning", at=at, dtype=torch.float64)
+    a = stack_of(model)
+    ids = (x["attention_mask"].cumsum(1) - 1).clamp_min(0)  # transformers counts padding where it is not told otherwise
+    y = model(**x, position_ids=ids).logits
+    assert y.shape == base(**x).logits.shape
+    L = {0: 6, 1: 9}
+    twin = a.P.detach().clone().requires_grad_()
+    for i, mask in enumerate(x["attention_mask"].bool()):
+        places = [0] * 4 if at == "start" else [L[i]] * 4 if at == "end" else [at] * 4 if isinstance(at, int) else at
+        row = {k: v[i : i + 1] for k, v in x.items()}
+        (wanted,) = by_hand(base, row, twin, places, last=name != "bert")
+        torch.testing.assert_close(y[i][mask], wanted, **TIGHT)
+        found = torch.autograd.grad(y[i][mask].square().sum(), a.P, retain_graph=True)[0]
+        torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), twin)[0], rtol=1e-7, atol=1e-8)
+
+
+def test_what_lies_above_never_notices():
+    """Labels and loss, hidden states, attention weights, the pooler, and tuples instead of outputs keep their shapes and their meaning."""
+    base, x = hf("bert_model", torch.float64), batch("bert")
+    model = wrapped(copy.deepcopy(base), "prompt_tuning", dtype=torch.float64)
+    asked = dict(output_hidden_states=True, return_dict=True)
+    y, y0 = model(**x, **asked), base(**x, **asked)
+    assert [t.shape for t in y.hidden_states] == [t.shape for t in y0.hidden_states]
+    torch.testing.assert_close(y.pooler_output, base.pooler(y.last_hidden_state), **TIGHT)
+    assert [t.shape for t in model(**x, return_dict=False)] == [t.shape for t in base(**x, return_dict=False)]
+    types = torch.zeros_like(x["input_ids"])
+    types[:, 5:] = 1
+    assert model(**x, token_type_ids=types).last_hidden_state.shape == y.last_hidden_state.shape
+    eager = hf("bert_model", torch.float64, attn_implementation="eager")
+    y0 = eager(**x, output_attentions=True)
+    y = wrapped(eager, "prompt_tuning", dtype=torch.float64)(**x, output_attentions=True)
+    assert [t.shape for t in y.attentions] == [t.shape for t in y0.attentions]
+    for name in ("llama", "gpt2"):
+        base = hf(name, torch.float64)
+        model, x = wrapped(copy.deepcopy(base), "prompt_tuning", dtype=torch.float64), batch(name, padded=0)
+        y = model(**x, labels=x["input_ids"])
+        torch.testing.assert_close(y.loss.double(), F.cross_entropy(y.logits[:, :-1].flatten(0, 1), x["input_ids"][:, 1:].flatten()), rtol=1e-5, atol=1e-6)
+        e = base.get_input_embeddings()(x["input_ids"])
+        torch.testing.assert_close(model(inputs_embeds=e, attention_mask=x["attention_mask"]).logits, y.logits, **TIGHT)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation(name, method):
+    """Batched left-padded generation with a cache is generation without; each padded row is the row alone; beam search too."""
+    model, x = wrapped(hf(name), method, size=1.0), batch(name, rows=3)
+    x.pop("labels", None)
+    if name == "t5" and "template" in method:
+        pytest.skip("the decoder begins with one token")
+    if name == "t5" and METHODS[method].get("at") == 1:
+        peftlab.unwrap(model)
+        wrapped(model, method, size=1.0, overrides={"decoder": {"at": "start"}})
+    y = model.generate(**x, **GREEDY)
+    assert not torch.equal(y, hf(name).generate(**x, **GREEDY))
+    assert torch.equal(y, model.generate(**x, use_cache=False, **GREEDY))
+    alone = model.generate(input_ids=x["input_ids"][:1, 3:], attention_mask=x["attention_mask"][:1, 3:], **GREEDY)
+    new = GREEDY["max_new_tokens"]
+    assert torch.equal(alone[0, -new:], y[0, -new:])
+    beams = [model.generate(**x, num_beams=3, use_cache=c, **GREEDY) for c in (True, False)]
+    assert torch.equal(*beams)
+
+
+def test_generation_without_a_mask_and_with_one_token_at_a_time():
+    for name in ("llama", "gpt2"):
+        model, ids = wrapped(hf(name), "prompt_tuning"), batch(name)["input_ids"]
+        whole = model(ids).logits
+        out = model(ids[:, :4], use_cache=True)
+        parts = [out.logits]
+        for i in range(4, 9):
+            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values)
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_compile_without_breaks(name, method):
+    model, x = wrapped(hf(name), method), batch(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mine = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(model(**x).logits.square().sum(), mine)
+    y = compiled(**x).logits
+    torch.testing.assert_close(y, model(**x).logits, **CLOSE)
+    for a, b in zip(torch.autograd.grad(y.square().sum(), mine), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "vpt", "vpt_shallow"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(method, reentrant):
+    name = "vit" if method.startswith("vpt") else "llama"
+    model, x = wrapped(hf(name), method, n=3).train(), batch(name)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    mine = [p for p in model.parameters() if p.requires_grad]
+
+    def grads():
+        for p in mine:
+            p.grad = None
+        model(**x).logits.square().mean().backward()
+        return [p.grad.clone() for p in mine]
+
+    wanted = grads()
+    if reentrant and method == "vpt":
+        # A block whose input asks for no gradient would be cut off, which is said.
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="reentrant"):
+            grads()
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant and method == "vpt_shallow":
+        with pytest.raises(RuntimeError, match="reentrant"):
+            grads()
+        return
+    for a, b in zip(grads(), wanted, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- models of one's own
+
+
+@pytest.mark.parametrize("at", ["start", 2, [0, 1, 1, 4]], ids=str)
+def test_an_own_transformer_that_takes_ids_alone(at, tmp_path):
+    model = Own().double()
+    ids, mask = torch.randint(0, 40, (3, 7)), torch.ones(3, 7)
+    mask[1, 5:] = 0
+    base = copy.deepcopy(model)
+    wrapped(model, "prompt_tuning", at=at, causal=False, dtype=torch.float64)
+    P = model.peftlab.default.P
+    y = model(ids, mask)
+    for i, length in enumerate((7, 5, 7)):
+        places = [0] * 4 if at == "start" else [at] * 4 if isinstance(at, int) else at
+        e, where = oracles.prompt_tuning(list(base.words(ids[i, :length])), P, places)
+        h = e[None] + base.places(torch.arange(len(e)))
+        for mixer, widen in zip(base.mixers, base.widen, strict=True):
+            h = h + mixer(h, None)
+            h = h + torch.tanh(widen(h))
+        torch.testing.assert_close(y[i, :length], base.answer(h)[0, where], **TIGHT)
+    y.square().sum().backward()
+    assert P.grad.abs().max() > 0
+    peftlab.save(model, tmp_path / "a.safetensors")
+    fresh = copy.deepcopy(base)
+    peftlab.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(ids, mask), y)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids, mask), y, **TIGHT)
+    peftlab.wrap(model, "lora", targets="words", name="words", r=2)  # an adapter on the table itself, before or after
+    perturb(model)
+    with torch.no_grad():
+        P.copy_(fresh.peftlab.default.P)
+    peftlab.unwrap(model, "default")
+    plain = model(ids, mask)
+    wrapped(model, "prompt_tuning", at=at, causal=False, dtype=torch.float64)
+    assert not torch.equal(model(ids, mask), plain)
+
+
+def test_an_own_transformer_generates_by_hand_with_padding():
+    model = wrapped(Own(), "prompt_tuning")
+    ids = torch.randint(0, 40, (1, 4))
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+    assert ids.shape == (1, 8)
+
+
+def test_refusals_name_what_is_wrong():
+    llama = hf("llama")
+    for kw, match in (
+        (dict(n=-1), "n=-1"),
+        (dict(n=2, at=[3, 1]), "ascending"),
+        (dict(n=2, at="middle"), "at='middle'"),
+        (dict(init="ones"), "init='ones'"),
+        (dict(init="text"), "needs token ids"),
+        (dict(init="text", ids=[3, 1000]), "from 0 to 99"),
+        (dict(init="labels", n=1, ids=[[3], [4]]), "2 labels"),
+        (dict(ids=[3]), "for init='text'"),
+        (dict(keep=True, at="end"), "must be at the start"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            peftlab.wrap(llama, "prompt_tuning", **kw)
+    with pytest.raises(ValueError, match="prompt_tuning"):
+        peftlab.wrap(hf("vit"), "prompt_tuning")
+    x = batch("llama")
+    model = peftlab.wrap(llama, "prompt_tuning", n=2, at=8)
+    with pytest.raises(ValueError, match="the shortest row of the batch has 6"):
+        model(**x)
+    model = peftlab.wrap(hf("llama"), "prompt_tuning", n=2)
+    with pytest.raises(ValueError, match="attention_mask of shape"):
+        model(input_ids=x["input_ids"], attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="net='gru'"):
+        peftlab.wrap(hf("llama"), "p_tuning", net="gru")
+
+
+# ---------------------------------------------------------------- encoder and decoder
+
+
+def test_both_halves_of_a_seq2seq_model_train():
+    model, x = wrapped(hf("t5"), "prompt_tuning"), batch("t5")
+    assert list(methods_of(model)) == ["encoder", "decoder"]
+    model(**x).loss.backward()
+    for a in methods_of(model).values():
+        assert (a.P.grad.abs().sum(1) > 0).all()
+
+
+def test_the_decoder_may_attend_to_the_encoders_virtual_tokens():
+    """keep=True is the papers' way: the same as giving the model the longer sequence of vectors."""
+    base, x = hf("t5", torch.float64), batch("t5", padded=0)
+    for keep in (True, False):
+        model = wrapped(copy.deepcopy(base), "prompt_tuning", keep=keep, overrides={"decoder": {"n": 0}}, dtype=torch.float64)
+        P = model.encoder.peftlab.default.P
+        e = torch.cat([P.expand(2, -1, -1), base.shared(x["input_ids"])], 1)
+        mask = torch.ones(2, 13, dtype=torch.long)
+        if keep:
+            wanted = base(inputs_embeds=e, attention_mask=mask, labels=x["labels"])
+        else:
+            states = base.encoder(inputs_embeds=e, attention_mask=mask).last_hidden_state[:, 4:]
+            wanted = base(encoder_outputs=(states,), attention_mask=x["attention_mask"], labels=x["labels"])
+        y = model(**x)
+        torch.testing.assert_close(y.logits, wanted.logits, **TIGHT)
+        torch.testing.assert_close(y.loss, wanted.loss, **TIGHT)
+    model = wrapped(hf("t5"), "prompt_tuning", size=1.0, keep=True)
+    x = batch("t5", rows=3)
+    x.pop("labels")
+    y = model.generate(**x, **GREEDY)
+    assert torch.equal(y, model.generate(**x, use_cache=False, **GREEDY))
+    assert torch.equal(model.generate(input_ids=x["input_ids"][:1, 3:], attention_mask=x["attention_mask"][:1, 3:], **GREEDY)[0], y[0])
+
+
+# ---------------------------------------------------------------- rows of a batch
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "t5", "bert"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_rows_with_prompts_of_different_lengths(name, method):
+    model = hf(name, torch.float64)
+    for i, n in enumerate((2, 5)):
+        peftlab.wrap(model, method, name=f"u{i}", n=n, dtype=torch.float64)
+    perturb(model)
+    rows, x = ["u1", None, "u0", "u1"], batch(name, rows=4)
+    positions = {} if name == "t5" else {"position_ids": (x["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+    mine = [p for p in model.parameters() if p.requires_grad]
+    with peftlab.route(model, rows):
+        y = model(**x, **positions).logits
+        found = torch.autograd.grad(y[x["attention_mask"].bool()].square().sum() if name != "t5" else y.square().sum(), mine)
+    alone = []
+    for i, u in enumerate(rows):
+        with peftlab.using(model, u):
+            alone.append(model(**{k: v[i : i + 1] for k, v in (x | positions).items()}).logits)
+    alone = torch.cat(alone)
+    real = torch.ones(y.shape[:2], dtype=torch.bool) if name == "t5" else x["attention_mask"].bool()
+    torch.testing.assert_close(y[real], alone[real], rtol=1e-6, atol=1e-8)
+    for a, b in zip(found, torch.autograd.grad(alone[real].square().sum(), mine), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    if name == "bert":
+        return
+    x.pop("labels", None)
+    with peftlab.route(model, rows):
+        together = [model.generate(**x, use_cache=c, **GREEDY) for c in (True, False)]
+        beams = model.generate(**x, num_beams=2, **GREEDY)
+    assert torch.equal(*together)
+    for i, u in enumerate(rows):
+        with peftlab.using(model, u):
+            one = {k: v[i : i + 1] for k, v in x.items()}
+            assert torch.equal(model.generate(**one, **GREEDY)[0], together[0][i])
+            assert torch.equal(model.generate(**one, num_beams=2, **GREEDY)[0], beams[i])
+
+
+@pytest.mark.parametrize("settings", [dict(at=1), dict(at="end"), {}], ids=str)
+def test_rows_of_a_model_without_a_mask(settings):
+    """What cannot be padded runs once for each length."""
+
+    class Plain(Own):
+        def forward(self, ids):
+            return super().forward(ids)
+
+    model, ids = Plain().double(), torch.randint(0, 40, (4, 6))
+    for i, n in enumerate((2, 5)):
+        peftlab.wrap(model, "prompt_tuning", name=f"u{i}", n=n, dtype=torch.float64, **settings)
+    peftlab.wrap(model, "lora", targets="widen.*", name="w", r=2, dtype=torch.float64)
+    perturb(model)
+    rows = ["u1", None, ["u0", "w"], ["w"]]
+    with peftlab.route(model, rows):
+        y = model(ids)
+    for i, u in enumerate(rows):
+        with peftlab.using(model, u):
+            torch.testing.assert_close(model(ids[i : i + 1])[0], y[i], **TIGHT)
+
+
+# ---------------------------------------------------------------- starts, networks, files, stacks
+
+
+def test_starts():
+    base = hf("llama")
+    table = base.get_input_embeddings().weight
+    P = stack_of(peftlab.wrap(copy.deepcopy(base), "prompt_tuning", n=5)).P
+    assert all(any(torch.equal(p, row) for row in table) for p in P)
+    P = stack_of(peftlab.wrap(copy.deepcopy(base), "prompt_tuning", n=5, init="text", ids=[7, 8, 9])).P
+    assert torch.equal(P, table[[7, 8, 9, 7, 8]])
+    P = stack_of(peftlab.wrap(copy.deepcopy(base), "prompt_tuning", n=5, init="labels", ids=[[7, 8], 9])).P
+    assert torch.equal(P[:2], torch.stack([table[[7, 8]].mean(0), table[9]]))
+    assert all(any(torch.equal(p, row) for row in table) for p in P[2:])
+    P = stack_of(peftlab.wrap(copy.deepcopy(base), "prompt_tuning", n=50, init="normal", std=0.5)).P
+    assert abs(P.std().item() - 0.5) < 0.05
+    P = stack_of(peftlab.wrap(copy.deepcopy(base), "prompt_tuning", n=50, init="uniform")).P
+    assert P.abs().max() <= 0.5
+    scaled = hf("gemma3")
+    P = stack_of(peftlab.wrap(scaled, "prompt_tuning", n=2, init="text", ids=[7, 8])).P
+    torch.testing.assert_close(P, scaled.get_input_embeddings()(torch.tensor([7, 8])), **CLOSE)  # what the table gives, its scale included
+
+
+def test_a_prompt_from_a_text_is_the_text_in_front():
+    for name in ("llama", "gpt2", "gemma", "gemma3"):
+        base = hf(name, torch.float64)
+        text, ids = torch.randint(5, 90, (1, 5)), torch.randint(5, 90, (1, 6))
+        model = peftlab.wrap(copy.deepcopy(base), "prompt_tuning", n=5, init="text", ids=text[0].tolist(), dtype=torch.float64)
+        torch.testing.assert_close(model(ids).logits, base(torch.cat([text, ids], 1)).logits[:, 5:], rtol=1e-5, atol=1e-6)  # some norms are float32
+
+
+@pytest.mark.parametrize("net", ["mlp", "lstm", "none"])
+def test_the_network_is_the_papers(net):
+    model = wrapped(hf("llama", torch.float64), "p_tuning", n=3, net=net, dim=5, depth=2, dtype=torch.float64)
+    a = stack_of(model)
+    t = {k.removeprefix("f."): p for k, p in a.named_parameters() if k != "E"}
+    wanted = a.E if net == "none" else oracles.p_tuning(a.E, t, 2)
+    torch.testing.assert_close(a.prompt(), wanted, **TIGHT)
+
+
+@pytest.mark.parametrize("net", ["mlp", "lstm"])
+def test_the_network_goes_and_the_outputs_stay(net, tmp_path):
+    model, x = hf("gpt2"), batch("gpt2")
+    peftlab.wrap(model, "lora", r=2)
+    wrapped(model, "p_tuning", name="p", n=3, net=net, dim=8)
+    with torch.no_grad():  # torch takes another kernel for an LSTM that is trained
+        y = model(**x).logits
+        peftlab.drop_network(model)
+        assert torch.equal(model(**x).logits, y)
+    assert [k for k in model.state_dict() if "peftlab.p." in k] == ["transformer.peftlab.p.E"]
+    peftlab.save(model, tmp_path / "a.safetensors")
+    fresh = hf("gpt2")
+    peftlab.load(fresh, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(fresh(**x).logits, y)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("method", [*METHODS, "vpt", "vpt_shallow"])
+@pytest.mark.parametrize("partner", ["lora", "oft", "p_tuning_v2", "prompt_tuning"])
+def test_stacks_with_other_methods(method, partner, order, tmp_path):
+    name = "vit" if method.startswith("vpt") else "llama"
+    if name == "vit" and partner == "prompt_tuning":
+        pytest.skip("no tokens")
+    model, x = hf(name, torch.float64), batch(name)
+    names = [(partner, {}), (method.partition("-")[0], METHODS.get(method, dict(n=3)))]
+    for i, (m, kw) in enumerate(names if order == "before" else names[::-1]):
+        peftlab.wrap(model, m, name=f"a{i}", dtype=torch.float64, **kw)
+    perturb(model, 0.2)
+    y = model(**x).logits
+    y.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    peftlab.save(model, tmp_path / "a.safetensors")
+    fresh = hf(name, torch.float64)
+    peftlab.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(**x).logits, y)
+    with peftlab.disabled(model):
+        assert torch.equal(model(**x).logits, hf(name, torch.float64).requires_grad_(False)(**x).logits)
+    peftlab.unwrap(model)
+    assert torch.equal(model(**x).logits, hf(name, torch.float64)(**x).logits)
+
+
+def test_two_prompts_stand_one_before_the_other():
+    base, x = hf("llama", torch.float64), batch("llama", padded=0)
+    model = copy.deepcopy(base)
+    for n in "ab":
+        peftlab.wrap(model, "prompt_tuning", n=3, name=n, dtype=torch.float64)
+    a, b = (model.model.peftlab.get_submodule(n).P.expand(2, -1, -1) for n in "ab")
+    e = torch.cat([a, b, base.get_input_embeddings()(x["input_ids"])], 1)
+    torch.testing.assert_close(model(**x).logits, base(inputs_embeds=e).logits[:, 6:], **TIGHT)
+
+
+def test_check_reports_every_site_as_reached():
+    for name, method in (("llama", "prompt_tuning"), ("t5", "p_tuning"), ("vit", "vpt"), ("vit", "vpt_shallow")):
+        peftlab.check(wrapped(hf(name), method, n=3), **batch(name))
+
+
+# ---------------------------------------------------------------- vision
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_vpt_is_manual_concatenation(deep):
+    base, x = hf("vit", torch.float64), batch("vit")
+    pixels = x["pixel_values"].double()
+    model = wrapped(copy.deepcopy(base), "vpt", n=3, deep=deep, dtype=torch.float64)
+    P = [a.P for a in methods_of(model).values() if a.P is not None]
+    assert len(P) == (2 if deep else 1)
+    v = base.vit
+    h = oracles.vpt([*v.layers], v.embeddings(pixels), P, 1)
+    wanted = base.classifier(v.layernorm(h)[:, 0])
+    y = model(pixels).logits
+    torch.testing.assert_close(y, wanted, **TIGHT)
+    for a, b in zip(torch.autograd.grad(y.square().sum(), P), torch.autograd.grad(wanted.square().sum(), P), strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_vpt_with_the_sequence_first(deep):
+    torch.manual_seed(0)
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), 2, enable_nested_tensor=False).double()
+    twin = copy.deepcopy(layers)
+    model = wrapped(layers, "vpt", n=3, deep=deep, at=0, dtype=torch.float64)
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    P = [a.P for a in methods_of(model).values() if a.P is not None]
+    blocks = [lambda t, m=m: m(t.transpose(0, 1)).transpose(0, 1) for m in twin.layers]
+    torch.testing.assert_close(model(x), oracles.vpt(blocks, x.transpose(0, 1), P, 0).transpose(0, 1), **TIGHT)
+    with pytest.raises(ValueError, match="a mask perhaps"):
+        model(x, mask=torch.zeros(5, 5, dtype=torch.float64))
+
+
+def test_vpts_start():
+    model = peftlab.wrap(hf("vit"), "vpt", n=200, patch=4)
+    v = (6 / (3 * 16 + 32)) ** 0.5
+    for a in methods_of(model).values():
+        assert 0.95 * v < a.P.abs().max() <= v
+
+
+@pytest.mark.parametrize("method", ["vpt", "vpt_shallow"])
+def test_rows_with_other_numbers_of_tokens_in_vision(method):
+    model = hf("vit", torch.float64)
+    for i, n in enumerate((2, 4)):
+        peftlab.wrap(model, method, name=f"u{i}", n=n, dtype=torch.float64)
+    perturb(model)
+    x = batch("vit", rows=5)["pixel_values"].double()
+    rows = ["u1", None, "u0", ["u0", "u1"], "u1"]
+    with peftlab.route(model, rows):
+        y = model(x).logits
+    for i, u in enumerate(rows):
+        with peftlab.using(model, u):
+            torch.testing.assert_close(model(x[i : i + 1]).logits[0], y[i], **TIGHT)
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper", "lr"),
+    [
+        ("prompt_tuning", dict(n=8), 0.1),
+        ("prompt_tuning", dict(n=8, at=3), 0.1),
+        ("p_tuning", dict(n=8), 0.01),
+        ("p_tuning", dict(n=8, net="lstm", dim=16), 0.01),
+    ],
+    ids=str,
+)
+def test_learns_in_a_stated_number_of_steps(method, hyper, lr):
+    """150 steps bring the loss of a fixed answer to 16 sentences below 0.02 of where it began (promise 60)."""
+    model = hf("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)  # a random head cannot say anything with certainty
+    x = torch.randint(5, 90, (16, 6), generator=torch.Generator().manual_seed(0))
+    peftlab.wrap(model, method, **hyper)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x).logits[:, -1], torch.full((16,), 3))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+@pytest.mark.parametrize("method", ["vpt", "vpt_shallow"])
+def test_vpt_learns(method):
+    """150 steps bring the loss of naming the brighter half of 16 images below 0.2 of where it began."""
+    model, g = hf("vit"), torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, 16, 16, generator=g)
+    target = torch.randint(0, 2, (16,), generator=g)
+    x[target == 1, :, :8] += 2
+    with torch.no_grad():
+        model.classifier.weight.mul_(6)
+    peftlab.wrap(model, method, n=8)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x).logits, target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+# ---------------------------------------------------------------- HF peft
+
+
+def peft_of(model: nn.Module, config) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, config(peft)).eval()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "mlp", "lstm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma", "bert"])
+def test_agrees_with_hf(name, kind):
+    dtype = torch.float64
+    plain = hf(name, dtype)
+    task = {"bert": "FEATURE_EXTRACTION"}.get(name, "CAUSAL_LM")
+    if kind == "prompt":
+        make = lambda peft: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4)  # noqa: E731
+        ours = peftlab.wrap(copy.deepcopy(plain), "prompt_tuning", n=4, dtype=dtype)
+    else:
+        how = dict(encoder_reparameterization_type=kind.upper(), encoder_hidden_size=8, encoder_num_layers=2, encoder_dropout=0.0)
+        make = lambda peft: peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=4, **how)  # noqa: E731
+        ours = peftlab.wrap(copy.deepcopy(plain), "p_tuning", n=4, net=kind, dim=8, depth=2, dtype=dtype)
+    theirs = peft_of(plain, make).to(dtype)
+    a, encoder = stack_of(ours), theirs.prompt_encoder["default"]
+    mine = [a.P] if kind == "prompt" else [a.E, *a.f.parameters()]
+    lstm = list(encoder.lstm_head.parameters()) if kind == "lstm" else []
+    head = list(encoder.mlp_head.parameters()) if kind != "prompt" else []
+    yours = [encoder.embedding.weight, *lstm, *head]
+    with torch.no_grad():
+        for m, y in zip(mine, yours, strict=True):
+            m.copy_(y)
+    x = batch(name, padded=0)
+    y, z = ours(**x).logits, theirs(**x).logits[:, 4:]
+    torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-7)
+    v = torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)
+    for f, w in zip(torch.autograd.grad((y * v).sum(), mine), torch.autograd.grad((z * v).sum(), yours), strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-6, atol=1e-7)
+
+
+def test_agrees_with_hf_on_seq2seq_whose_second_half_is_dead():
+    """HF's table on T5 has 2 n rows of which the first n are used; here the encoder and the decoder have n each."""
+    peft, dtype = pytest.importorskip("peft"), torch.float64
+    theirs = peft.get_peft_model(hf("t5", dtype), peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)).to(dtype)
+    table, x = theirs.prompt_encoder["default"].embedding.weight, batch("t5", padded=0)
+    assert table.shape[0] == 8
+    ours = peftlab.wrap(hf("t5", dtype), "prompt_tuning", n=4, keep=True, overrides={"decoder": {"n": 0}}, dtype=dtype)
+    P = ours.encoder.peftlab.default.P
+    with torch.no_grad():
+        P.copy_(table[:4])
+    y, z = ours(**x), theirs(**x)
+    torch.testing.assert_close(y.logits, z.logits, rtol=1e-6, atol=1e-7)
+    (grad,) = torch.autograd.grad(z.loss, [table])
+    assert grad[4:].abs().max() == 0
+    torch.testing.assert_close(torch.autograd.grad(y.loss, [P])[0], grad[:4], rtol=1e-6, atol=1e-8)
+
+
+def test_hfs_defect_the_pooler_sees_a_virtual_token():
+    """With HF's prompt in front, BERT's pooler, and so a classifier, looks at a virtual token instead of the class token."""
+    peft, dtype = pytest.importorskip("peft"), torch.float64
+    config = hf("bert").config
+    config.num_labels = 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = transformers.BertForSequenceClassification(config).to(dtype).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(plain), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)).to(dtype).eval()
+    ours = peftlab.wrap(copy.deepcopy(plain), "prompt_tuning", n=4, dtype=dtype)
+    P, x = stack_of(ours).P, batch("bert", padded=0)
+    with torch.no_grad():
+        P.copy_(theirs.prompt_encoder["default"].embedding.weight)
+    e = torch.cat([P.expand(2, -1, -1), plain.get_input_embeddings()(x["input_ids"])], 1)
+    h = plain.bert(inputs_embeds=e).last_hidden_state
+    torch.testing.assert_close(ours(**x).logits, plain.classifier(plain.bert.pooler(h[:, 4:])), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(theirs(**x).logits, plain.classifier(plain.bert.pooler(h)), rtol=1e-6, atol=1e-7)
