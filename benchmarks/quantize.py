@@ -44,9 +44,9 @@ def transient(f: Callable[[], object]) -> int:
     return top
 
 
-def codes_jobs(W: Tensor, kind: str) -> tuple[dict, dict]:
-    """(quantise, decode) jobs by library, compared before they are timed."""
-    mine = quantise(W, kind, 64, True)
+def codes_jobs(W: Tensor, kind: str) -> tuple[dict, dict, dict]:
+    """(quantise, decode, decode into memory that is there) jobs by library, compared before they are timed."""
+    mine, memory = quantise(W, kind, 64, True), torch.zeros_like(W)
     pack, unpack = {OURS: lambda: quantise(W, kind, 64, True)}, {OURS: lambda: dequantise(mine)}
     if version("bitsandbytes"):
         from bitsandbytes import functional as B
@@ -57,7 +57,7 @@ def codes_jobs(W: Tensor, kind: str) -> tuple[dict, dict]:
         assert torch.equal(B.dequantize_4bit(*theirs), dequantise(mine))
         pack[THEIRS] = lambda: B.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type=kind)
         unpack[THEIRS] = lambda: B.dequantize_4bit(*theirs)
-    return pack, unpack
+    return pack, unpack, unpack | {OURS: lambda: dequantise(mine, memory)}  # bitsandbytes' CPU path always takes new memory
 
 
 def layers(size: int, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -124,9 +124,10 @@ def run(size: int, tokens: int, rounds: int, cpu: bool, dtypes: list[torch.dtype
         torch.manual_seed(0)
         W = (0.02 * torch.randn(size, size)).to(dtype)
         for kind in ("nf4", "fp4"):
-            pack, unpack = codes_jobs(W, kind)
+            pack, unpack, reuse = codes_jobs(W, kind)
             rows.append(row(f"quantise {kind} {short}", pack, max(3, rounds // 3), cpu, "bnb 1"))
             rows.append(row(f"decode {kind} {short}", unpack, rounds, cpu, "bnb 1"))
+            rows.append(row(f"decode {kind} {short}, peftlab into reused memory", reuse, rounds, cpu, ""))
         there = layers(size, dtype)
         rows.append(row(f"forward + backward {short}", {k: trains(m, tokens, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 1.35"))
         rows.append(row(f"one token {short}", {k: decodes(m, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 5"))

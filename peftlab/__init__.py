@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from .report import report
     from .route import route
     from .schedule import param_groups, schedule
-    from .switch import activate, active, disabled, ema_update, merge, restore, snapshot, unmerge, unwrap, using, view
+    from .switch import activate, active, disabled, ema_update, merge, rescale, restore, snapshot, unmerge, unwrap, using, view
     from .wrap import Plan, freeze, plan, train_only, unfreeze, wrap
 
 __version__ = "0.1.0"
 
 _WHERE = {
     **dict.fromkeys(("wrap", "plan", "freeze", "unfreeze", "train_only", "Plan"), "wrap"),
-    **dict.fromkeys(("activate", "active", "using", "disabled", "merge", "unmerge", "unwrap"), "switch"),
+    **dict.fromkeys(("activate", "active", "using", "rescale", "disabled", "merge", "unmerge", "unwrap"), "switch"),
     **dict.fromkeys(("view", "snapshot", "restore", "ema_update"), "switch"),
     **dict.fromkeys(("check", "CheckError", "watch"), "check"),
     **dict.fromkeys(("save", "load", "LoadError"), "io"),
@@ -56,7 +56,7 @@ _WHERE = {
 __all__ = [
     "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "dequantize", "disabled", "drop_network",
     "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "param_groups", "plan", "positions", "prefix_from", "report",
-    "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view", "watch", "wrap",
+    "rescale", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view", "watch", "wrap",
 ]  # fmt: skip
 
 

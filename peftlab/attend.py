@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, 
 
 from . import layers
 from .host import original_class, walk
+from .parts.prefix import as_heads
 
 if TYPE_CHECKING:
     from .host import Site
@@ -264,10 +265,12 @@ class KeysValues:
 
     host: nn.Module
     found: dict[str, tuple[nn.Module, int, int]]
+    sure: bool = False  # that these are the keys and values which attention gets
 
     @classmethod
     def of(cls, site: Site) -> KeysValues:
-        return cls(site.host, projections(site.host))
+        found = projections(site.host)
+        return cls(site.host, found, sure=not found or found["k"][0] is not found["v"][0])
 
     def __call__(self, P: Tensor) -> tuple[Tensor, Tensor]:
         """P (B, n, dim) -> keys (B, n, features) and values."""
@@ -280,3 +283,17 @@ class KeysValues:
         K = mk.forward(P)  # not the module's call: hooks on it wait for the model's own tokens
         V = K if mv is mk else mv.forward(P)
         return K[..., k0:k1], V[..., v0:v1]
+
+    @torch.no_grad()
+    def confirm(self, x: Tensor, v: Tensor, path: str) -> None:
+        """Compare once what a fused projection of x (B, L, dim) gives as values with those of the attention call, (B, H, L, D).
+
+        Raises:
+            ValueError: where the projection has its parts in another order, interleaved by heads say.
+        """
+        if self.sure or torch.compiler.is_compiling() or x.ndim != 3 or v.ndim != 4 or v.shape[0] != x.shape[0] or v.shape[2] != x.shape[1]:
+            return
+        V = as_heads(self(x)[1], v, path)
+        if not torch.allclose(V, v, rtol=1e-2, atol=1e-2 * float(v.abs().max())):
+            raise ValueError(f"the fused projection of {path!r} does not have q, k and v one after the other: which of its rows make keys cannot be seen")
+        self.sure = True

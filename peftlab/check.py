@@ -640,7 +640,7 @@ def _merge(t: _Trial) -> None:
     """Merged, the output is the same; unmerged, the bits are."""
     able = dict.fromkeys(t.names, True)
     for s in t.subjects:
-        if s.site is not None and (s.module.on == "module" or not s.module.defined() or s.site.rule is layers.OPAQUE):
+        if s.site is not None and (s.module.surrounds() or s.site.rule is layers.OPAQUE):
             able[s.row.name] = False
     names = [n for n in t.names if able[n]]
     rows = {id(s): s for s in t.subjects if able[s.row.name] and s.site is not None and not s.module.in_place}

@@ -29,7 +29,7 @@ from . import __version__, layers
 from .calibrate import loss_of, run
 from .host import CHILD, SHARED, Shape, Site, as_kind, bare, changes_bias, fenced_rng, paused_gc, saved_tensors, stacks, trainable_parameters, walk
 from .io.file import encode
-from .io.native import _settings, _site_facts, fingerprint
+from .io.native import _settings, _site_facts, fingerprint, surrounded
 from .method import Method
 from .patterns import PatternError
 from .quant.codes import TILE
@@ -360,6 +360,9 @@ class _Kind:
         values = not (method.replaces or site.rule is layers.OPAQUE)
         changed = [p for p in (site.param, site.bias if changes_bias(site, method) else None) if p and site.host._parameters.get(p) is not None]
         prints = {p: fingerprint(_shaped(layers.outline(site.host, p), "meta"), values) for p in changed}
+        for path, m, p in surrounded(site.host) if site.kind == "module" else ():
+            raw = layers.outline(m, p)
+            prints[path] = fingerprint(_shaped(raw, "meta"), values and raw.is_floating_point())
         held = sum(t.numel() * t.element_size() for t in (*method.parameters(), *method.buffers()))
         return cls(method, _shapes(trainable_parameters(method)), held, saved_tensors(method), prints)
 

@@ -160,7 +160,8 @@ class Route:
 
     rows: int
     groups: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
-    dim: int = 0
+    dim: int
+    run: Callable  # (host, stack, routed, args, kwargs) -> the host's output
 
 
 class Routed(NamedTuple):
@@ -257,8 +258,8 @@ class Stack(nn.Module):
 
     def _links(self, names: tuple[str, ...]) -> Links:
         acting = [p for n in self.sites if n in names and n not in self.merged for p in self.sites[n]]
-        weights = tuple(p for p in acting if p[1].on != "module" and not p[1].in_place)
-        return Links(weights, tuple(p for p in acting if p[1].on == "module"), None, self.merged) if acting or self.merged else NOTHING
+        weights = tuple(p for p in acting if not p[1].surrounds() and not p[1].in_place)
+        return Links(weights, tuple(p for p in acting if p[1].surrounds()), None, self.merged) if acting or self.merged else NOTHING
 
     def _routed(self, route: Route) -> Links:
         every = [self._links(names) for names, _ in route.groups]
@@ -352,6 +353,9 @@ class Recipe:
             if device != "meta":
                 torch.default_generator.manual_seed(site_seed(self.seed, self.name, site.path))
             method = self.cls(Base(site, below, self.common), **self.hyper)
+        if isinstance(method.__dict__.get("s"), float):
+            # A tensor can be changed (`rescale`) without compiling again; a float64 of no dimensions promotes nothing.
+            method.__dict__["s"] = torch.tensor(method.s, dtype=torch.float64, device="cpu")
         method.__dict__.update(recipe=self, site=site)
         note_declared(method)
         return method
@@ -553,6 +557,8 @@ def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     if method.on == "module":
         return method(Base(site, links[:-1], method.common), *args, **kwargs)
     x, rest, kwargs = _first(args, kwargs)
+    if method.surrounds():
+        return method(Base(site, links[:-1], method.common), x, *rest, **kwargs)
     if rest or kwargs or any(s.dense for s, _ in links):
         return _defined(host, links, x, rest, kwargs)
     if site.rows is not None:
@@ -655,9 +661,7 @@ def _forward_of(cls: type):
         links = stack.current()
         refuse_lost_gradients(self, stack)
         if links.routed is not None:
-            from .route import run  # the one piece of the core that most programs never need
-
-            return run(self, stack, links.routed, args, kwargs)
+            return links.routed.route.run(self, stack, links.routed, args, kwargs)
         return run_links(self, stack, links, args, kwargs)
 
     return forward
@@ -908,4 +912,4 @@ def refresh_alias_free(root: nn.Module) -> None:
     """Forget aliases and fused kernels whose adapted end has no adapters left."""
     for _, _, s in stacks(root):
         s.alias = {k: (h, p) for k, (h, p) in s.alias.items() if isinstance(h, Adapted) and h._modules[CHILD].sites}
-        s.fused = tuple(t for t in s.fused if any(m.on == "module" for pairs in t.sites.values() for _, m in pairs))
+        s.fused = tuple(t for t in s.fused if any(m.surrounds() for pairs in t.sites.values() for _, m in pairs))

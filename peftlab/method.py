@@ -92,9 +92,14 @@ class Method(nn.Module):
         """By an equation on the tensors, so that it merges and stacks exactly."""
         return cls.has_weight() or cls.has_bias()
 
+    @classmethod
+    def surrounds(cls) -> bool:
+        """Whether it acts around the call: at a module, or at a layer of whose tensors it says no equation."""
+        return cls.on == "module" or not cls.defined()
+
     def unmergeable(self) -> str | None:
         """Why this very method cannot be folded into its tensors now, after its adapter's name; None where it can."""
-        return None if self.on != "module" and self.defined() else "changes the call, not the weight"
+        return "changes the call, not the weight" if self.surrounds() else None
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={tuple(p.shape)}" for k, p in self.named_parameters(recurse=False))

@@ -164,7 +164,7 @@ def _facts(m: nn.Module, found: dict[str, Tensor], any_grad: bool) -> dict:
     norm = torch.stack([torch.linalg.vector_norm(g.detach().float()).cpu() for g in grads]).norm().item() if grads and not sharded else None
     used = bool(grads) if any_grad and trainable else None
     kind = {"dtype": getattr(some, "dtype", None), "device": getattr(some, "device", None)}
-    kind |= {"r": getattr(m, "r", None), "scale": getattr(m, "s", None)}
+    kind |= {"r": getattr(m, "r", None), "scale": float(m.s) if hasattr(m, "s") else None}
     return kind | dict(trainable=trainable, parameters=sum(p.numel() for p in found.values()), used=used, grad_norm=norm)
 
 
@@ -201,7 +201,7 @@ def mode_of(view: Model, stack: Stack, site: Site, m: Method) -> str:
     """How the site's change is seen: "call" on the fast path, else the way and in brackets the reason."""
     if m.in_place:
         return "in place"
-    if m.on == "module":
+    if m.surrounds():
         return "call"
     if stack.read:
         return f"read ({_why_read(view, site)})"

@@ -44,7 +44,7 @@ def route(model: nn.Module, names: Iterable[str | Iterable[str] | None], *, batc
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(wanted):
         groups.setdefault(row, []).append(i)
-    chosen = Route(len(wanted), tuple((g, tuple(rows)) for g, rows in groups.items()), batch_dim)
+    chosen = Route(len(wanted), tuple((g, tuple(rows)) for g, rows in groups.items()), batch_dim, run)
     before = [(s, s.route, s.within) for _, _, s in found]
     lent = _boundaries(bare(model), found)
     try:
@@ -80,7 +80,7 @@ def _refuse(found: list[tuple[str, nn.Module, Stack]], wanted: set[str]) -> None
             for site, m in pairs:
                 if m.in_place:
                     raise ValueError(f"{n!r} is trained in place at {site.path!r}: no row is without it")
-                if n in wanted and m.on == "module" and type(m).routed.__func__ is Method.routed.__func__:
+                if n in wanted and m.surrounds() and type(m).routed.__func__ is Method.routed.__func__:
                     raise ValueError(f"{m.recipe.label} at {site.path!r} changes a call as a whole: its rows cannot be told apart")
 
 

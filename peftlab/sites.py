@@ -114,7 +114,9 @@ def _why_unused(model: Model, pattern, what: str) -> str:
 def _called(model: Model, m: nn.Module) -> Site:
     """A module whose call is surrounded."""
     paths, (n_in, n_out) = model.paths[id(m)], widths(m)
-    return Site(m, paths[0], kind="module", param=None, rule=layers.rule_of(m) or layers.MATRIX, names=tuple(paths), n_out=n_out, n_in=n_in)
+    whole = m is model.root and len(model.modules) > 1  # "*" means what is in a model, not the model
+    rule = layers.rule_of(m) or layers.MATRIX
+    return Site(m, paths[0], kind="module", param=None, rule=rule, names=tuple(paths), explicit=whole, n_out=n_out, n_in=n_in)
 
 
 def _tensors(m: nn.Module, paths: list[str], read_only: bool) -> Iterable[Site]:

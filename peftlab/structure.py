@@ -82,8 +82,8 @@ PLACES[":stack"] = stacks  # the owner of the token embedding
 
 
 def sublayers(model: Model) -> list[nn.Module]:
-    """What gives the output of each attention and feed-forward sub-layer of each block, before the residual sum."""
-    return [end for b in every_block(model) for end in ends(b)]
+    """What gives the output of each attention and feed-forward sub-layer of each block, before the residual sum; without blocks, the linear layers."""
+    return [end for b in every_block(model) for end in ends(b)] or linears(model)
 
 
 def feedforward_outputs(model: Model) -> list[nn.Module]:
@@ -92,20 +92,23 @@ def feedforward_outputs(model: Model) -> list[nn.Module]:
 
 
 def feedforward_norms(model: Model) -> list[nn.Module]:
-    """The normalisation after each feed-forward sub-layer's residual sum; where a block has none there, the block."""
-    return [closing_norm(b, found[-1]) or b for b in every_block(model) if (found := ends(b))]
+    """The normalisation after each feed-forward sub-layer's residual sum; where a block has none there, the block; without blocks, the linear layers."""
+    return [closing_norm(b, found[-1]) or b for b in every_block(model) if (found := ends(b))] or linears(model)
 
 
 def feedforwards(model: Model) -> list[nn.Module]:
-    """The modules that are called with the input of a feed-forward sub-layer."""
-    return [m for b in every_block(model) if (m := feedforward(b)) is not None]
+    """The modules that are called with the input of a feed-forward sub-layer; without blocks, the linear layers."""
+    there = every_block(model)
+    return [m for b in there if (m := feedforward(b)) is not None] if there else linears(model)
 
 
 def linears(model: Model) -> list[nn.Module]:
     """The linear-like layers of the blocks (of a model without blocks: all but the head)."""
-    inside = {id(m) for b in every_block(model) for m in b.modules()}
+    there = every_block(model)
+    inside = {id(m) for b in there for m in b.modules()}
     every = [m for m in model.modules.values() if isinstance(layers.rule_of(m), layers.Linear)]
-    return [m for m in every if id(m) in inside] if inside else [m for m in every if m not in head(model)]
+    heads = head(model)
+    return [m for m in every if id(m) in inside] if there else [m for m in every if m not in heads] or every
 
 
 PLACES[":sublayers"] = sublayers

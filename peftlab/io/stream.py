@@ -125,7 +125,7 @@ def _choose(header: dict, path: Path, names: str | Iterable[str] | None) -> tupl
         raise ValueError(f"{str(path)!r}: none of its adapters {list(there)} is active; say which to merge")
     for a in chosen:
         cls = _class_of(a["method"])
-        if cls.on == "module" or not cls.defined():
+        if cls.surrounds():
             raise ValueError(f"{a['name']!r} ({a['method']}) changes the call, not the weight, and cannot be merged")
     return chosen, [n for n, a in there.items() if a not in chosen and not a.get("active", True)]
 

@@ -1,6 +1,6 @@
 """LLaMA-Adapter: trained tokens that every attention layer also attends to, behind a gate that starts at zero.
 
-    y + g softmax(q k(P)^T / sqrt(D)) v(P)        P (n, d), g = tanh(a), a = 0;  y the layer's own attention, before its output projection
+    y' = y + g softmax(q k(P)^T / sqrt(D)) v(P)        P (n, d), g = tanh(a), a = 0;  y the layer's own attention, before its output projection
 
 k and v are the layer's own projections, so that P lives where its inputs do; no position is put on k(P). The two softmaxes are separate.
 tanh=False has g = a.
@@ -13,8 +13,6 @@ Differs: one gate a layer; the authors' later code has one a head. They adapt th
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +45,14 @@ class LlamaAdapter(Method):
         return torch.tanh(self.a) if self.tanh else self.a
 
     def forward(self, base: Base, *args, **kwargs):
-        P = self.P[None].to(outputs.tensors(args, kwargs)[0].dtype)
-        K, V = (t[0] if t.shape[0] == 1 else t for t in self.kv(P))
-        return attend(base, functools.partial(prefix.gated, K=K, V=V, g=self.gate(), path=base.path), *args, **kwargs)
+        x = outputs.tensors(args, kwargs)[0]
+        K, V = (t[0] if t.shape[0] == 1 else t for t in self.kv(self.P[None].to(x.dtype)))
+
+        def change(run, q, k, v, options):
+            self.kv.confirm(x, v, base.path)
+            return prefix.gated(run, q, k, v, options, K, V, self.gate(), base.path)
+
+        return attend(base, change, *args, **kwargs)
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):

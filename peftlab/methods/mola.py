@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method import Base, Method, finite, positive_int
-from ..parts import router
+from ..parts import outputs, router
 from ..parts.guard import demand_schedule
 
 
@@ -50,7 +50,7 @@ class MoLA(Method):
 
     @classmethod
     def fits(cls, site) -> bool:
-        return site.rule.pointwise and not site.read_only and not site.dense
+        return site.rule.pointwise and not site.read_only and site.rows is None and site.key == ""
 
     @classmethod
     def defined(cls) -> bool:
@@ -59,21 +59,30 @@ class MoLA(Method):
     def unmergeable(self) -> str | None:
         if self.experts == 1 or (self.k == self.experts and not self.W_g.any()):
             return None
-        return f"routes every token by itself ({self.k} of {self.experts} experts)"
+        return f"changes the call, not the weight: every token is routed by itself, to {self.k} of {self.experts} experts"
 
     def weight(self, W: Tensor) -> Tensor:
         if (why := self.unmergeable()) is not None:
             raise ValueError(f"{type(self).__name__} at {self.site.path!r} has no weight: it {why}")
         return W + self.s / self.experts * torch.einsum("eor,eri->oi", self.B, self.A)
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
+    def mixed(self, base: Base, x: Tensor) -> Tensor:
+        """(..., n_out): what the experts add."""
         p, chosen, g = router.top_k(base.apply(self.W_g, x), self.k)
         if self.training and self.balance:
             loss, slope = router.balance(p, chosen, x)
             self.slope += slope.to(self.slope.dtype)
             self.sums += torch.stack([loss, torch.ones_like(loss)]).to(self.sums.dtype)
         h = base.apply(self.A.flatten(0, 1), x) * (self.s * g).to(x.dtype).repeat_interleave(self.r, -1)
-        return base.plus(x, self.B.mT.flatten(0, 1).mT, h)
+        return base.mix(self.B.mT.flatten(0, 1).mT, h)
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        y = base(x)
+        return y + self.mixed(base, x).to(y.dtype)
+
+    @classmethod
+    def routed(cls, base: Base, parts, x: Tensor) -> Tensor:
+        return outputs.by_rows(base(x), parts, lambda m, y, rows: y + m.mixed(base, x.index_select(0, rows)).to(y.dtype))
 
     def penalty(self) -> Tensor:
         """The mean of the load-balancing losses since it was last asked for."""

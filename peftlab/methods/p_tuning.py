@@ -1,10 +1,11 @@
 """P-tuning: trained vectors among the embedded tokens, made by a network while they are trained.
 
-    [f(E); E(x)]        E (n, d);  mlp: f = W3 relu(W2 relu(W1 E)), W1 (dim, d), W2 (dim, dim), W3 (d, dim), with biases
-                        lstm: f = W2 relu(W1 bilstm(E)), W1 (2 dim, 2 dim), W2 (d, 2 dim), with biases;  none: f(E) = E
+    x' = [f(P); E(x)]        P (n, d);  mlp: f = W3 relu(W2 relu(W1 P)), W1 (dim, d), W2 (dim, dim), W3 (d, dim), with biases
+                             lstm: f = W2 relu(W1 bilstm(P)), W1 (2 dim, 2 dim), W2 (d, 2 dim), with biases;  none: f(P) = P
 
 at says where they stand: "start" | "end" | a place among the row's tokens | an ascending list of n places, so that a template may have them
-between its tokens. depth and dropout are the LSTM's. causal and keep are as in prompt_tuning. `peftlab.drop_network` keeps f's output alone.
+between its tokens. depth and dropout are the LSTM's; P starts normal with deviation std. causal and keep are as in prompt_tuning.
+`peftlab.drop_network` keeps f's output alone.
 
 Trains: n * embedding(site).embedding_dim + network_size(net, embedding(site).embedding_dim, dim or embedding(site).embedding_dim, depth)
 Structure: the tokens' embeddings are unchanged
@@ -37,11 +38,11 @@ class PTuning(Method):
     ):  # fmt: skip
         super().__init__(base)
         self.stack = Surround.of(base, n, check_place(at, n, base.path), causal, keep)
-        self.E = self.f = None
+        self.P = self.f = None
         if not self.stack.holds or n == 0:
             return
         d = embedding(base.site).embedding_dim
-        self.E = nn.Parameter(torch.randn(n, d) * std)
+        self.P = nn.Parameter(torch.randn(n, d) * std)
         self.f = PromptNetwork(net, d, positive_int("dim", dim or d, None), positive_int("depth", depth, None), unit_interval("dropout", dropout))
 
     @classmethod
@@ -53,12 +54,12 @@ class PTuning(Method):
         return Surround.fits(site)
 
     def prompt(self) -> Tensor | None:
-        """(n, d), what the network makes of E."""
-        return None if self.E is None else self.f(self.E)
+        """(n, d), what the network makes of P."""
+        return None if self.P is None else self.f(self.P)
 
     def without_network(self) -> tuple[dict, dict[str, Tensor]]:
         """The keyword that says so, and the tensors that such a method has."""
-        return {"net": "none"}, {} if self.E is None else {"E": self.prompt()}
+        return {"net": "none"}, {} if self.P is None else {"P": self.prompt()}
 
     def forward(self, base: Base, *args, **kwargs):
         return self.stack(base, self.prompt(), args, kwargs)

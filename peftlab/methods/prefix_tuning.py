@@ -1,6 +1,6 @@
 """Prefix tuning: trained keys and values in front of every attention's own.
 
-    softmax(q [K; k]^T / sqrt(D)) [V; v]        K (n, keys), V (n, values), for all heads together
+    y = softmax(q [K; k]^T / sqrt(D)) [V; v]        K (n, keys), V (n, values), for all heads together
 
 Every query sees all n virtual positions; causality among the real ones stays. With net=True a network makes them while they are trained,
 [K, V] = tanh(E W1^T + b1) W2^T + b2, with E (n, dim) and W1 (dim, dim) shared by all layers and W2 of each; `peftlab.drop_network` keeps its

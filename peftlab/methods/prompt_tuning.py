@@ -1,6 +1,6 @@
 """Prompt tuning: trained vectors among the embedded tokens.
 
-    [P; E(x)]        P (n, d)
+    x' = [P; E(x)]        P (n, d)
 
 The stack that owns the token embedding runs on the longer sequence and gives back the tokens' own outputs, so that nothing above it notices.
 at: "start" | "end" (of each row) | a place among the row's tokens (negative: from its end) | an ascending list of n places. Where virtual

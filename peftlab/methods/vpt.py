@@ -1,6 +1,6 @@
 """VPT: trained tokens among the patches of a vision transformer.
 
-    [c; P; E]        c the first `at` tokens (the class token), P (n, d), E the patches
+    x' = [c; P; E]        c the first `at` tokens (the class token), P (n, d), E the patches
 
 deep=True: every block has tokens of its own, whose outputs are dropped. deep=False: they enter at the first block, go through all of them
 and leave at the last. Nothing outside the blocks notices. at=0 for models without a class token. P starts uniform in (-v, v),

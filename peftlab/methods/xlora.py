@@ -4,12 +4,13 @@
     g = softmax(classifier(h) / temperature)             h (d,), the token's last hidden state without any expert
 
 The model runs twice: once without the experts for h, once with the gates. `experts` names LoRAs that this model holds; their factors are
-copied, so that they may be taken off afterwards, and must be switched off before: `activate(model, None)`. r is at least their ranks. A number instead
-makes as many new ones, which train=True trains along. The classifier has `depth` layers, inside `dim` wide; layerwise=False gives all layers
-the same gates, softmax=False leaves them as they are, and only the k largest act where k is given.
+copied, so that they may be taken off afterwards, and they must be switched off before: `activate(model, None)`. r is at least their ranks.
+A number instead makes as many new ones, B = 0, which are trained along; train=True trains named ones too. The classifier has `depth` layers,
+inside `dim` wide; layerwise=False gives all layers the same gates, softmax=False leaves them as they are, and only the k largest act
+where k is given.
 
-Trains: train * count(experts) * r * (n_in + n_out) if site.rule.pointwise else
-    router.classifier_size(n_out, dim, depth, int(sites) - 2 if layerwise else 1, count(experts)) / 2
+Trains: (train or isinstance(experts, int)) * count(experts) * r * (n_in + n_out) if site.rule.pointwise else
+    router.classifier_size(n_in, dim, depth, int(sites) - 2 if layerwise else 1, count(experts)) / 2
 Structure: y - base(x) lies in the span of all B_li
 Family: mixtures
 Paper: Buehler and Buehler 2024, arXiv 2402.07148
@@ -36,11 +37,11 @@ class XLoRA(Method):
     opaque = True
 
     def __init__(
-        self, base: Base, *, experts: int | list, r: int = 8, depth: int = 1, dim: int = 2048, k: int | None = None, softmax: bool = True,
+        self, base: Base, *, experts: int | list = 4, r: int = 8, depth: int = 1, dim: int = 2048, k: int | None = None, softmax: bool = True,
         temperature: float = 1.0, layerwise: bool = True, train: bool = False, seed: int = 0,
     ):  # fmt: skip
         super().__init__(base)
-        n, self.path, self.owner = count(experts), base.path, base.path == self.common.owner
+        n, self.path, self.owner = positive_int("experts", count(experts), None, base), base.path, base.path == self.common.owner
         if k is not None and positive_int("k", k, None, base) > n:
             raise ValueError(f"k={k}: there are {n} experts")
         if finite("temperature", temperature) <= 0:
@@ -55,7 +56,7 @@ class XLoRA(Method):
             found = [router.factors(base.neighbours.get(name, ()), name, r, base.path, A[0], B[0]) for name in experts]
             A, B = (torch.stack(t) for t in zip(*found, strict=True))
         for name, t in (("A", A), ("B", B)):
-            self.register_parameter(name, nn.Parameter(t)) if train else self.register_buffer(name, t)
+            self.register_parameter(name, nn.Parameter(t)) if train or isinstance(experts, int) else self.register_buffer(name, t)
 
     @classmethod
     def fits(cls, site) -> bool:
@@ -64,18 +65,17 @@ class XLoRA(Method):
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
         held = {n for h in hosts if "peftlab" in h._modules for n in h._modules["peftlab"].sites}
-        if not isinstance(hyper["experts"], int) and not held.issuperset(hyper["experts"]):
-            raise ValueError(f"experts={hyper['experts']!r}: the layers meant hold {sorted(held) or 'no adapters'}")
+        wanted = hyper.get("experts", 1)
+        if not isinstance(wanted, int) and not held.issuperset(wanted):
+            raise ValueError(f"experts={wanted!r}: the layers meant hold {sorted(held) or 'no adapters'}")
         return model.place(":trunk")
 
     @classmethod
-    def shared(cls, sites, *, experts, depth: int = 1, dim: int = 2048, layerwise: bool = True, train: bool = False, seed: int = 0) -> nn.Module:
+    def shared(cls, sites, *, experts: int | list = 4, depth: int = 1, dim: int = 2048, layerwise: bool = True, seed: int = 0) -> nn.Module:
         there, trunk = [s.path for s in sites if s.rule.pointwise], [s for s in sites if not s.rule.pointwise]
         if len(trunk) != 2:
             raise ValueError("xlora needs a model with one list of blocks, whose last hidden state its router reads")
-        if isinstance(experts, int) and not train:
-            raise ValueError(f"experts={experts!r} makes new experts, which start at zero: name trained LoRAs of this model, or say train=True")
-        widths = (trunk[0].n_out, positive_int("dim", dim, None), positive_int("depth", depth, None))
+        widths = (trunk[0].n_in, positive_int("dim", dim, None), positive_int("depth", depth, None))
         return router.Classifier(*widths, there, layerwise, count(experts), min((s.path for s in trunk), key=len), seed)
 
     def mixed(self, x: Tensor, g: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import CHILD, Adapted, Site, bare, original_class, paused_gc
 from ..method import Method
-from ..sites import Model, _reads_children, ensure_module, join, select_from, storage
+from ..sites import Model, _reads_children, ensure_module, identity, join, select_from
 from ..wrap import check_dtype, ledgers, outside_disabled, samples
 from .codes import Packed, check, quantise
 from .linear import PACKED, Packing, pack, packed, unpack
@@ -101,7 +101,7 @@ def _refuse(model: Model, site: Site) -> None:
         raise ValueError(f"{where} is quantised already ({m.peftlab_formats[param].kind}): dequantize first, or exclude it")
     if type(W).__name__ == "DTensor":
         raise ValueError(f"{where} is sharded: quantize before fully_shard")
-    others = [o for o in model.owners[storage(W)] if o[0] is not m or o[1] != param]
+    others = [o for o in model.owners[identity(W)] if o[0] is not m or o[1] != param]
     if others:
         raise ValueError(f"{where} is one tensor with {join(model.path(others[0][0]), others[0][1])!r} (tied): exclude it, or untie the two first")
     if getattr(m, "max_norm", None) is not None:

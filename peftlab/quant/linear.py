@@ -53,7 +53,8 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
         return x @ W if transposed else F.linear(x, W, b)
     flat = x.reshape(-1, x.shape[-1])
     scratch = torch.empty(room(p, rows * n_in), dtype=torch.float32, device=x.device)
-    y = flat.new_zeros(len(flat), n_in) if transposed else flat.new_empty(len(flat), n_out)
+    out = x.new_zeros(*x.shape[:-1], n_in) if transposed else x.new_empty(*x.shape[:-1], n_out)
+    y = out.view(len(flat), -1) if len(flat) else out.view(0, out.shape[-1])
     for i in range(0, n_out, rows):
         j = min(i + rows, n_out)
         W = _tile(p, i, j, x.dtype, scratch)
@@ -63,7 +64,7 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
             torch.mm(flat, W.t(), out=y[:, i:j])
         else:
             torch.addmm(b[i:j], flat, W.t(), out=y[:, i:j])
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return out  # no view: what is added in place to a product must be the tensor that autograd knows
 
 
 def _tile(p: Packed, i: int, j: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
@@ -285,7 +286,9 @@ def packed(m: nn.Module, param: str, kept: dict[str, Tensor] | None = None) -> P
     kept = kept or {}
     found = [kept.get(f"{param}_{s}", m._buffers.get(f"{param}_{s}")) for s in SCALES]
     found = [t if t is None or t.dtype != torch.int32 else t.view(torch.float32) for t in found]
-    return Packed(m.peftlab_formats[param], kept.get(param, m._parameters[param]), *found)
+    codes = kept.get(param, m._parameters[param])
+    codes = codes.full_tensor() if type(codes).__name__ == "DTensor" else codes  # FSDP2's shards, gathered: a collective call
+    return Packed(m.peftlab_formats[param], codes, *found)
 
 
 def scale_names(m: nn.Module, param: str | None = None) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import Adapted, bare, paused_gc
 from ..patterns import did_you_mean
-from ..sites import Model, ensure_module, join, select_from, storage
+from ..sites import Model, ensure_module, identity, join, select_from
 from ..wrap import check_dtype
 from . import format as keys
 from .api import _Packs, places, works_on_codes
@@ -157,7 +157,7 @@ def _compare(view: Model, slots: dict, found: dict, coded: dict, wanted: dict) -
             if shape != tuple(t.shape):
                 raise ValueError(f"{name!r} has shape {shape} in the file and {tuple(t.shape)} in the model")
     for name, s in wanted.items():
-        if len(view.owners[storage(s.host._parameters[s.param])]) > 1:
+        if len(view.owners[identity(s.host._parameters[s.param])]) > 1:
             raise ValueError(f"{name!r} is tied to another parameter: exclude it")
         if getattr(s.host, "max_norm", None) is not None:
             raise ValueError(f"{name!r} has max_norm: torch edits its table while it is read")
@@ -166,7 +166,7 @@ def _compare(view: Model, slots: dict, found: dict, coded: dict, wanted: dict) -
 def _ends(view: Model, slots: dict, name: str) -> Iterator[str]:
     """All names of one tensor: other paths of its module, and parameters that are tied to it."""
     m, n = slots[name]
-    owners = view.owners.get(storage(m._parameters[n]), []) if n in m._parameters else [(m, n)]
+    owners = view.owners.get(identity(m._parameters[n]), []) if n in m._parameters else [(m, n)]
     for host, param in owners:
         yield from (join(p, param) for p in view.paths[id(host)])
 
@@ -195,7 +195,7 @@ def _commit(view: Model, slots: dict, name: str, part: Tensor | Packed, sites: d
         pack(m, n, part, works_on_codes(view, sites[id(m)][n]))
     elif n in m._parameters:
         new = nn.Parameter(part, requires_grad=m._parameters[n].requires_grad and part.is_floating_point())
-        for host, param in view.owners[storage(m._parameters[n])]:
+        for host, param in view.owners[identity(m._parameters[n])]:
             host._parameters[param] = new
     else:
         m._buffers[n] = part

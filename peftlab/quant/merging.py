@@ -81,9 +81,9 @@ def value_of(m: nn.Module, param: str, tensors: dict[str, Tensor]) -> Tensor:
     return W.t() if m._packed_flip else W
 
 
-def distance(there: Tensor, wanted: Tensor) -> float:
-    """|there - wanted|_F / |wanted|_F: for inputs without preferred directions, the expected relative error of the layer's output."""
-    with torch.no_grad():
-        size = torch.linalg.vector_norm(wanted.double() if wanted.dtype == torch.float64 else wanted.float())
-        gap = torch.linalg.vector_norm(there.to(wanted.device, wanted.dtype) - wanted)
-        return (gap / size).item() if size else gap.item()
+def distances(there: Tensor, wanted: Tensor, base: Tensor) -> tuple[float, float]:
+    """|there - wanted|_F relative to |wanted|_F and to |wanted - base|_F."""
+    wide = torch.promote_types(wanted.dtype, torch.float32)
+    there, wanted, base = there.to(wide), wanted.to(wide), base.to(wide)
+    gap, size, change = ((a - b).norm().item() for a, b in ((there, wanted), (wanted, torch.zeros_like(wanted)), (wanted, base)))
+    return gap / size if size else gap, gap / change if change else gap
