@@ -32,7 +32,7 @@ from .io.file import encode
 from .io.native import _settings, _site_facts, fingerprint, surrounded
 from .method import Method
 from .patterns import PatternError
-from .quant.codes import TILE
+from .quant.codes import DECODE, TILE
 from .registry import resolve
 from .report import acts
 from .sites import default_targets, ensure_module, identity, join
@@ -322,8 +322,8 @@ def _base_bytes(req: _Request, facts: _Facts, want: _Want) -> tuple[int, int]:
         done.add(identity(W))
         size = W.numel() * W.element_size()
         saved += size - nf4_bytes(W.numel(), want.double_quant)
-        tile = min(W.numel(), TILE)
-        largest = max(largest, tile * (4 if W.dtype == torch.float32 else 4 + W.element_size()))  # decoded, and cast
+        decoded = 0 if W.dtype == torch.float32 else 4 * min(W.numel(), DECODE)  # before it is rounded
+        largest = max(largest, min(W.numel(), TILE) * W.element_size() + decoded)
     return saved, largest
 
 
@@ -336,7 +336,7 @@ class _Linears(Method):
 
 
 def nf4_bytes(n: int, double_quant: bool = True) -> int:
-    """Bytes of n entries at 4 bits: codes, one scale a block of 64, and with double quantisation 8-bit scales with one float32 for 256 of them and their mean."""
+    """Bytes of n entries at 4 bits: codes, one scale a block of 64; with double quantisation 8-bit scales, one float32 for 256 of them, and their mean."""
     blocks = -(-n // BLOCK)
     return -(-n // 2) + (blocks + 4 * -(-blocks // SCALES) + 4 if double_quant else 4 * blocks)
 

@@ -109,7 +109,8 @@ def report(model: nn.Module) -> Report:
 
     Returns:
         Report: a list of `Row` in the model's order, a site's methods in stacking order, shared modules last. Its `.trainable` and
-        `.total` are direct counts over `model.parameters()`, a packed weight at the entries it stands for; `.elsewhere` names what trains without being an adapter's.
+        `.total` are direct counts over `model.parameters()`, a packed weight with the entries that it stands for;
+        `.elsewhere` names what trains without being an adapter's.
 
     Raises:
         TypeError: when `model` is not a module.

@@ -147,7 +147,7 @@ class MergeReport:
 
     `errors` has, for the packed weights of a quantised base, how far the stored weight is from the one that acted before the merge: the
     Frobenius norm of the difference, relative to that of the weight (the expected relative error of the layer's output for inputs without
-    preferred directions), and relative to that of the adapters' change. Where the latter is near 1 or above, what was learned is lost.
+    preferred directions), and relative to that of the adapters' change: near 1 after requantising, what was learned is lost in rounding.
     """
 
     rows: list[tuple[str, str, float]]  # (path, parameter, max |change|)
@@ -257,7 +257,7 @@ def _merge(model: nn.Module, names: str | Iterable[str] | None, keep: bool, unlo
 def _mergeable(model: nn.Module, found: list, names: str | Iterable[str] | None) -> list[str]:
     """The adapters to merge: those named, or every active one that changes weights."""
     chosen = which(model, names)
-    callers = {n: why for _, _, s in found for n in s.order for _, m in s.sites[n] if (why := m.unmergeable()) is not None}
+    callers = {n: (path, why) for path, _, s in found for n in s.order for _, m in s.sites[n] if (why := m.unmergeable()) is not None}
     on = {n for _, _, s in found for n in s.active}
     if names is None:
         can = [n for n in chosen if n in on and n not in callers]
@@ -265,7 +265,8 @@ def _mergeable(model: nn.Module, found: list, names: str | Iterable[str] | None)
             return can
     for n in chosen:
         if n in callers:
-            raise ValueError(f"{n!r} {callers[n]}, and cannot be merged")
+            path, why = callers[n]
+            raise ValueError(f"at {path!r}, {n!r} {why}, and cannot be merged")
         if n not in on:
             raise ValueError(f"{n!r} is not active; activate it before merging")
     return chosen
@@ -615,4 +616,6 @@ def view(model: nn.Module) -> nn.Module:
     for _, m in walk(root):
         # Tensor objects of its own on the same storage, so that merging and freezing the one leaves the other alone.
         memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in m._parameters.values() if p is not None}
+        if isinstance(m, layers.Quantised):  # with its codes it shares their scales
+            memo |= {id(b): b.detach() for n, b in m._buffers.items() if b is not None and n in m._non_persistent_buffers_set}
     return copy.deepcopy(root, memo)

@@ -195,11 +195,8 @@ def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args:
     if prompt.lengths is not None:
         named = _said(inputs, prompt, named, x, seen)
     if seen:
-        return base(**_after(prompt, named))
-    mask = named.get(inputs.mask) if inputs.mask else None
-    padded = "padding" in (inputs.mask or "")  # torch's way round: True is padding
-    real = None if mask is None or mask.shape != x.shape[:2] else (mask == 0 if padded else mask != 0)
-    slots = Slots(prompt.at, prompt.n, x, real)
+        return base(**_after(prompt, named, seen, x.shape[1]))
+    slots = Slots(prompt.at, prompt.n, x, _real(inputs, named, x))
     named |= _lengthened(inputs, prompt, slots, named, x)
     P = prompt.P if prompt.P.ndim == 3 else prompt.P[None]
     if embeds is None and inputs.embeds:
@@ -215,6 +212,17 @@ def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args:
         if not mode.calls:
             raise RuntimeError(f"{base.path!r} did not call its token embedding, so that virtual tokens have no place to enter (is it read instead?)")
     return out if prompt.keep else _trimmed(out, slots, prompt.causal, base.site.host)
+
+
+def _real(inputs: Inputs, named: dict, x: Tensor) -> Tensor | None:
+    """Which tokens (B, L) are not padding, as the mask says; None without one."""
+    mask = named.get(inputs.mask) if inputs.mask else None
+    if mask is None or mask.ndim != 2 or mask.shape[1] != x.shape[1] or mask.shape[0] not in (1, x.shape[0]):
+        return None
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+        raise ValueError(f"{inputs.mask} holds numbers to be added: give ones for tokens and zeros for padding, which can be lengthened")
+    mask = mask.expand(x.shape[0], -1)
+    return mask == 0 if "padding" in inputs.mask else mask != 0  # torch's way round: True is padding
 
 
 def _filler(ids: Tensor, table: nn.Embedding, n: int) -> Tensor:
@@ -264,17 +272,24 @@ def _said(inputs: Inputs, prompt: Prompt, named: dict, x: Tensor, seen) -> dict:
     return named
 
 
-def _after(prompt: Prompt, named: dict) -> dict:
+def _after(prompt: Prompt, named: dict, seen: int, L: int) -> dict:
     """The arguments of a call whose virtual tokens are in the cache."""
     lengths = prompt.n if prompt.lengths is None else prompt.lengths[:, None]
     there = prompt.there
     out = dict(named)
     for name, t in named.items():
-        if isinstance(t, Tensor) and _role(name) == "positions":
-            out[name] = t + prompt.n if name == "cache_position" else t + lengths
+        if isinstance(t, Tensor) and name == "cache_position":
+            out[name] = t + prompt.n
+        elif isinstance(t, Tensor) and _role(name) == "positions":
+            out[name] = t + lengths
         elif isinstance(t, Tensor) and _role(name) == "mask":
             if t.ndim != 2:
                 raise ValueError(f"{name} of shape {tuple(t.shape)} cannot be lengthened by {prompt.n} virtual tokens: give one entry a token")
+            if isinstance(seen, int) and t.shape[1] + prompt.n != seen + L:
+                raise ValueError(
+                    f"{name} has {t.shape[1]} entries for {L} new tokens and a cache of {seen}, {prompt.n} of them virtual: the cache was filled without "
+                    "these, or was cut back by generation that guesses ahead, which knows nothing of virtual tokens"
+                )
             out[name] = around_cache(t, t.new_ones(1, prompt.n) if there is None else there)
     return out
 
@@ -320,13 +335,18 @@ class Surround:
         host = base.site.host
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n={n!r} at {base.path!r}: a whole number of virtual tokens")
+        if causal is not None and not isinstance(causal, bool):
+            raise ValueError(f"causal={causal!r} at {base.path!r}: True, False, or None for what the stack's attention says")
         if keep and at != "start":
             raise ValueError(f"keep=True at {base.path!r}: virtual tokens that stay must be at the start, not at {at!r}")
         if isinstance(host, nn.Embedding):
             return cls(n, at, False, keep, None, host)
         if causal is None:
             causal = any(getattr(m, "is_causal", False) is True for _, m in walk(host))
-        return cls(n, at, causal, keep, Inputs.of(host), token_embedding(host))
+        inputs = Inputs.of(host)
+        if n == 0 and "encoder_hidden_states" not in inputs.order:
+            raise ValueError(f"n=0 at {base.path!r}: only a decoder, which can see its encoder's virtual tokens, has none of its own")
+        return cls(n, at, causal, keep, inputs, token_embedding(host))
 
     @property
     def holds(self) -> bool:

@@ -374,7 +374,9 @@ ROWS = {
     "oft": row(MATRICES - TABLES),
     "llama_adapter": row(ATTENDS, n=2),
     "loreft": row(CALLS, r=2),
-    "mola": row(SHOWN - {"attention_call", "linear_own_forward", "fused", "fused_heads", "fused_conv1d_hf"}, r=2, experts=3),
+    "mola": row(
+        SHOWN - {"attention_call", "linear_own_forward", "fused", "fused_heads", "fused_conv1d_hf"}, r=2, experts=3, k=3
+    ),  # fewer chosen ones jump with a rounding of x: tests/test_mixtures.py has them
     "olora": row(MATRICES - {"opaque"}, r=2),
     "p_tuning": row(frozenset({"lm"}), n=2, dim=3),
     "p_tuning_v2": row(ATTENDS, n=2),
@@ -485,3 +487,9 @@ def fitting(method: str) -> list[str]:
 def quick(method: str) -> list[str]:
     there = fitting(method)
     return [c for c in QUICK if c in there] or there[:1]
+
+
+@functools.cache
+def anywhere() -> list[str]:
+    """Names of methods that find a place in any model; the others need attention, tokens or blocks, and have tests of their own."""
+    return [m for m in methods() if any(fits(m, case) for case in ("linear", "embedding", "layer_norm"))]

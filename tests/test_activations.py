@@ -766,3 +766,32 @@ def test_block_keeps_its_tuple():
     h, score = perturb(block)["b"](x)
     assert torch.equal(score, before[1])
     assert not torch.equal(h, before[0])
+
+
+def test_a_block_that_goes_through_its_children_does_not_meet_the_adapter():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            for _, m in self.named_children():
+                x = x + torch.tanh(m(x))
+            for m in self.children():
+                x = x - 0.5 * m(x)
+            return sum([m(x) for m in self.children()])
+
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"m": Listed()}).double().requires_grad_(False)
+    model = peftlab.wrap(copy.deepcopy(base), "houlsby", targets="m", dim=2, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    assert torch.equal(model["m"](x), base["m"](x))
+    perturb(model)
+    h = base["m"](x)
+    torch.testing.assert_close(model["m"](x), h + bottleneck(h, tensors(method_of(model, "m")), dict(activation="gelu", alpha=1.0)), **TIGHT)
+    model.float().eval()  # which go through the children too, and meet it
+    assert {p.dtype for p in own(model).values()} == {torch.float32}
+    assert not method_of(model, "m").training
+    torch._dynamo.reset()
+    compiled = torch.compile(model["m"], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.float()), model["m"](x.float()), **NEAR)

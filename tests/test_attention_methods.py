@@ -550,18 +550,11 @@ def test_prefix_tuning_agrees_with_hf(name, net):
     """HF puts the prefix into the cache, which moves the real tokens' positions: shift=True. The file says so."""
     dtype = torch.float64
     plain = hf(name, dtype)
-    theirs = peft_of(
-        copy.deepcopy(plain),
-        lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=net, encoder_hidden_size=None),
-    ).to(dtype) if not net else None  # fmt: skip
-    width = plain.config.hidden_size
-    if net:
-        groups = getattr(plain.config, "num_key_value_heads", plain.config.num_attention_heads)
-        width = groups * (getattr(plain.config, "head_dim", None) or plain.config.hidden_size // plain.config.num_attention_heads)
-        theirs = peft_of(
-            copy.deepcopy(plain),
-            lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=width),
-        ).to(dtype)
+    c = plain.config
+    heads = c.num_attention_heads
+    width = getattr(c, "num_key_value_heads", heads) * (getattr(c, "head_dim", None) or c.hidden_size // heads)
+    settings = dict(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=net, encoder_hidden_size=width)
+    theirs = peft_of(copy.deepcopy(plain), lambda peft: peft.PrefixTuningConfig(**settings)).to(dtype)
     ours = peftlab.wrap(plain, "prefix_tuning", n=4, net=net, dim=width, shift=True, dtype=dtype)
     at = [a for a in methods_of(ours).values() if a.holds]
     encoder = theirs.prompt_encoder["default"]

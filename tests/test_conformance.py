@@ -172,9 +172,13 @@ def own(model: nn.Module) -> dict[str, Tensor]:
 
 def merge(model: nn.Module, names=None, **more):
     """peftlab.merge; a quantised base asks onto what, and then the decoded values are it."""
+    chosen = {names} if isinstance(names, str) else None if names is None else set(names)
     packs = any(
-        isinstance(host, Quantised) and {s.param for ps in stack.sites.values() for s, _ in ps} & host.peftlab_formats.keys()
+        isinstance(host, Quantised) and site.param in host.peftlab_formats and method.has_weight()
         for _, host, stack in stacks(model)
+        for name in stack.active
+        if name not in stack.merged and (chosen is None or name in chosen)
+        for site, method in stack.sites[name]
     )
     return peftlab.merge(model, names, onto="dequantized" if packs else None, **more)
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import anywhere
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +34,7 @@ from peftlab.registry import keywords, resolve
 needs_cpu_fsdp2 = pytest.mark.skipif(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 7), reason="FSDP2 on the CPU needs torch 2.7")
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-METHODS = [e.name for e in peftlab.methods(aliases=False)]
+METHODS = [e.name for e in peftlab.methods(aliases=False) if e.name in anywhere()]
 SMALL = {"r": 2, "init_r": 3, "n": 4, "density": 0.3, "ids": [1, 3], "n_tokens": 2, "dim": 2}
 
 

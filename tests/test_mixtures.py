@@ -200,7 +200,9 @@ def test_it_merges_where_the_gates_are_the_same_for_every_token():
 def test_else_it_refuses_to_merge_with_the_reason(hyper):
     _, model, m = one(r=2, **hyper)
     y = model(X)
-    with pytest.raises(ValueError, match=rf"'default' changes the call, not the weight: every token is routed by itself, to {m.k} of {m.experts} experts, and cannot"):
+    with pytest.raises(
+        ValueError, match=rf"'default' changes the call, not the weight: every token is routed by itself, to {m.k} of {m.experts} experts, and cannot"
+    ):
         peftlab.merge(model)
     peftlab.wrap(model, "lora", targets="layer", name="beside", r=2)
     perturb(model)
@@ -213,7 +215,7 @@ def test_else_it_refuses_to_merge_with_the_reason(hyper):
 @pytest.mark.parametrize("other", ["lora", "dora", "ia3", "bitfit", "full", "oft"])
 def test_it_stacks_with_weight_methods_in_any_order(other, first):
     """Weights lie below the mixture, whatever was wrapped first."""
-    layer, _, _ = one()
+    layer, _, _ = one(r=2)
     model = One().double()
     model.layer.load_state_dict(layer.state_dict())
     order = [("mix", "mola", dict(experts=3, k=2, r=2)), ("other", other, {} if other in ("bitfit", "full", "ia3", "oft") else dict(r=2))]
@@ -236,6 +238,26 @@ def test_it_stacks_with_weight_methods_in_any_order(other, first):
 def test_mola_refuses(hyper, match):
     with pytest.raises(ValueError, match=match):
         peftlab.wrap(One(), "mola", targets="layer", **{"r": 2, **hyper})
+
+
+def test_a_choice_of_few_saves_copies_routes_and_is_recomputed(tmp_path):
+    layer, model, m = one(r=2, experts=4, k=2)
+    y = model.eval()(X)
+    peftlab.save(model, tmp_path / "a.safetensors")
+    fresh = One().double()
+    fresh.layer.load_state_dict(layer.state_dict())
+    peftlab.load(fresh, tmp_path / "a.safetensors")
+    for twin in (fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(X), y)
+    with peftlab.route(model, [None, "default"]):
+        routed = model(X)
+    torch.testing.assert_close(routed, torch.stack([layer(X[0]), y[1]]), **TIGHT)
+    assert torch.equal(model.layer(input=X), y)
+    model.train()
+    wanted = torch.autograd.grad(model(X).square().sum(), list(own(model).values()))
+    checkpoint(model, X.clone().requires_grad_(), use_reentrant=True).square().sum().backward()
+    for g, p in zip(wanted, own(model).values(), strict=True):
+        torch.testing.assert_close(p.grad, g, **TIGHT)
 
 
 def test_more_experts_in_higher_layers():

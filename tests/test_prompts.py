@@ -284,6 +284,13 @@ def test_refusals_name_what_is_wrong():
     model = peftlab.wrap(hf("llama"), "prompt_tuning", n=2)
     with pytest.raises(ValueError, match="attention_mask of shape"):
         model(input_ids=x["input_ids"], attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="holds numbers to be added"):
+        model(input_ids=x["input_ids"], attention_mask=torch.full((2, 9), -1.0))
+    with pytest.raises(ValueError, match="cut back by generation"):
+        cache = hf("llama")(input_ids=x["input_ids"], use_cache=True).past_key_values  # filled without the virtual tokens
+        model(input_ids=x["input_ids"][:, :1], attention_mask=torch.ones(2, 10), past_key_values=cache)
+    with pytest.raises(ValueError, match="n=0"):
+        peftlab.wrap(hf("llama"), "prompt_tuning", n=0)
     with pytest.raises(ValueError, match="net='gru'"):
         peftlab.wrap(hf("llama"), "p_tuning", net="gru")
 

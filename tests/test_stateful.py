@@ -24,6 +24,7 @@ from test_bad_input import attempt, bits, refused, state_of
 from torch import Tensor, nn
 
 import peftlab
+from peftlab.registry import keywords, resolve
 
 DTYPE = torch.float64
 IDS = torch.tensor([[0, 3, 1, 2, 5, 3], [4, 0, 5, 5, 2, 1]])
@@ -109,6 +110,7 @@ class Adapter:
     active: bool = True
     merged: bool = False
     trainable: bool = True
+    seed: int | None = None  # where the method's own tensors follow from it, so that it is one of the settings
 
 
 def read(model: Net, name: str, kind: Kind) -> Adapter:
@@ -247,6 +249,7 @@ class Machine(RuleBasedStateMachine):
             for p in node:
                 p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
         self.adapters[name] = read(self.model, name, kind)
+        self.adapters[name].seed = seed if "seed" in keywords(resolve(kind.method)[0]) else None
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data())
@@ -431,7 +434,7 @@ class Machine(RuleBasedStateMachine):
         there = self.adapters.get(new)
         if there is None and len(self.adapters) == 4:
             return
-        if there is not None and (there.kind != saved[old].kind or there.merged):
+        if there is not None and (there.kind != saved[old].kind or there.seed != saved[old].seed or there.merged):
             with self.refuses(f"'{new}'"):
                 peftlab.load(self.model, path, {old: new})
             return

@@ -68,7 +68,8 @@ class MoLA(Method):
 
     def mixed(self, base: Base, x: Tensor) -> Tensor:
         """(..., n_out): what the experts add."""
-        p, chosen, g = router.top_k(base.apply(self.W_g, x), self.k)
+        z = x.to(torch.promote_types(x.dtype, torch.float32))  # a rounded logit sends a token to another expert
+        p, chosen, g = router.top_k(base.apply(self.W_g, z), self.k)
         if self.training and self.balance:
             loss, slope = router.balance(p, chosen, x)
             self.slope += slope.to(self.slope.dtype)

@@ -16,14 +16,12 @@ Differs: the authors' second layer of the LSTM's head takes (2 dim, 2 dim) too; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from ..method import Base, Method, positive_int, unit_interval
+from ..method import Base, Method, finite, positive_int, unit_interval
 from ..parts.prompt_network import PromptNetwork, network_size  # noqa: F401 - the docstring's formula
-from ..parts.slots import check_place
+from ..parts.slots import Place, check_place
 from ..virtual import Surround, embedding
 
 
@@ -34,7 +32,7 @@ class PTuning(Method):
 
     def __init__(
         self, base: Base, *, n: int = 20, net: str = "mlp", dim: int | None = None, depth: int = 2, dropout: float = 0.0, std: float = 1.0,
-        at: str | int | Sequence[int] = "start", causal: bool | None = None, keep: bool = False,
+        at: Place = "start", causal: bool | None = None, keep: bool = False,
     ):  # fmt: skip
         super().__init__(base)
         self.stack = Surround.of(base, n, check_place(at, n, base.path), causal, keep)
@@ -42,8 +40,10 @@ class PTuning(Method):
         if not self.stack.holds or n == 0:
             return
         d = embedding(base.site).embedding_dim
-        self.P = nn.Parameter(torch.randn(n, d) * std)
-        self.f = PromptNetwork(net, d, positive_int("dim", dim or d, None), positive_int("depth", depth, None), unit_interval("dropout", dropout))
+        self.P = nn.Parameter(torch.randn(n, d) * finite("std", std))
+        self.f = PromptNetwork(
+            net, d, positive_int("dim", d if dim is None else dim, None), positive_int("depth", depth, None), unit_interval("dropout", dropout)
+        )
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:

@@ -11,8 +11,8 @@ the layers lie in the block itself there is no such module: targets says where. 
 Trains: size(n_in, n_out, dim, bias, norm, gate)
 Structure: y - base(x) depends on x through at most dim features
 Family: adapters
-Paper: He et al. 2021, arXiv 2110.04366, table 1; on linear layers: Hu et al. 2023 (LLM-Adapters), arXiv 2304.01933, eq. 3; in vision: Chen et al.
-    2022 (AdaptFormer), arXiv 2205.13535, eq. 6
+Paper: He et al. 2021, arXiv 2110.04366, table 1; on linear layers: Hu et al. 2023 (LLM-Adapters), arXiv 2304.01933; in vision: Chen et al.
+    2022 (AdaptFormer), arXiv 2205.13535
 Aliases: scaled_parallel = dict(gate="scalar", alpha=1.0); adapter_p = dict(targets=":linears", activation="tanh", bias=False, alpha=1.0);
     adaptformer = dict(alpha=0.1)
 Differs: the input is what the part gets, so normalised where the block normalises first, as in the equations of AdaptFormer; its code

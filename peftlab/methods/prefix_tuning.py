@@ -45,6 +45,7 @@ class PrefixTuning(Method):
         if init not in ("normal", "zeros"):
             raise ValueError(f"init={init!r} at {base.path!r}: one of normal, zeros")
         std = finite("std", std) * (init == "normal")
+        width = None if width is None else positive_int("width", width, None, base)
         if not self.holds:
             refuse_without_positions(base)
             return
@@ -62,6 +63,7 @@ class PrefixTuning(Method):
     def shared(cls, sites, *, n: int = 10, net: bool = True, dim: int = 512, seed: int = 0) -> nn.Module | None:
         if not net:
             return None
+        positive_int("n", n, None), positive_int("dim", dim, None)
         trunk, g = nn.Module(), torch.Generator("cpu").manual_seed(seed)
         for name, shape, std in ("E", (n, dim), 1.0), ("W1", (dim, dim), dim**-0.5), ("b1", (dim,), 0.0):
             meta = torch.get_default_device().type == "meta"

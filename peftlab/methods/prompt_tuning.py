@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..method import Base, Method, finite
-from ..parts.slots import check_place
+from ..parts.slots import Place, check_place
 from ..parts.starts import prompt_start
 from ..virtual import Surround, embedding
 
@@ -34,19 +34,18 @@ class PromptTuning(Method):
     neutral = False
 
     def __init__(
-        self, base: Base, *, n: int = 20, at: str | int | Sequence[int] = "start", init: str = "vocab", ids: Sequence | None = None, std: float = 0.02,
+        self, base: Base, *, n: int = 20, at: Place = "start", init: str = "vocab", ids: Sequence | None = None, std: float = 0.02,
         causal: bool | None = None, keep: bool = False,
     ):  # fmt: skip
         super().__init__(base)
         self.stack = Surround.of(base, n, check_place(at, n, base.path), causal, keep)
+        std, self.P = finite("std", std), None
         if not self.stack.holds or n == 0:
-            self.P = None
             return
         table = embedding(base.site)
         self.P = nn.Parameter(torch.zeros(n, table.embedding_dim))
         if not base.meta:
-            start = prompt_start(init, n, table.embedding_dim, self.stack.look, table.num_embeddings, ids, finite("std", std), base.path)
-            self.P.copy_(start)
+            self.P.copy_(prompt_start(init, n, table.embedding_dim, self.stack.look, table.num_embeddings, ids, std, base.path))
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..attend import is_block, tokens_dim
 from ..method import Base, Method, positive_int
 from ..parts import outputs, prefix, slots
+from ..parts.slots import Place
 
 
 class VPT(Method):
@@ -28,7 +29,7 @@ class VPT(Method):
     place = ":blocks"
     neutral = False
 
-    def __init__(self, base: Base, *, n: int = 10, deep: bool = True, at: int = 1, patch: int = 16):
+    def __init__(self, base: Base, *, n: int = 10, deep: bool = True, at: Place = 1, patch: int = 16):
         super().__init__(base)
         self.n, self.deep, self.dim = positive_int("n", n, None, base), deep, tokens_dim(base.site.host)
         if isinstance(at, bool) or not isinstance(at, int) or at < 0:

@@ -20,7 +20,9 @@ def cayley(Q: Tensor) -> Tensor:
     """R = (I + Q)(I - Q)^-1, a rotation for every skew Q; computed in float32 or better."""
     Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return 2 * torch.linalg.inv(eye - Q) - eye  # the same: I + Q = 2 I - (I - Q); the gradient of an inverse needs no second solve
+    # 2 (I - Q)^-1 - I is the same, since I + Q = 2 I - (I - Q), and the gradient of an inverse needs no second solve. An infinite Q has a finite
+    # inverse, zero: 0 Q makes that NaN, so that an overflow is seen.
+    return 2 * torch.linalg.inv(eye - Q) - eye + 0 * Q
 
 
 def rotate_blocks(x: Tensor, R: Tensor) -> Tensor:

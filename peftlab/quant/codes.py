@@ -23,7 +23,9 @@ from torch import Tensor
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALES = 256  # absmax values that share a second scale
-TILE = 1 << 19  # entries that are decoded at a time
+DECODE = 1 << 19  # entries that are decoded at a time: larger pieces leave the cache, in smaller ones the calls cost more than the work
+TILE = 1 << 21  # entries of a weight that are dense at once while a product is formed
+FEW = 64  # rows of an input below which the product costs less than the decoding: then a tile is a piece
 PIECE = 1 << 18  # entries that are quantised at a time: the temporaries stay in the cache
 FLOOR = 1e-38  # an absmax below this does not divide
 
@@ -271,6 +273,9 @@ def room(p: Packed, entries: int) -> int:
 
 def _look_up(codes: Tensor, kind: str, out: Tensor) -> Tensor:
     """The book's values of packed codes, two a byte, in `out`."""
+    if type(codes).__name__ == "FakeTensor" and not torch.compiler.is_compiling():  # estimate counts memory, and there are no values to look up
+        codes[: len(codes) // 2].int()
+        return out[: 2 * len(codes)]
     if torch.compiler.is_compiling() or type(codes) is not Tensor:  # compilers fuse this, and what is made of fake tensors must not be cached
         return BOOKS[kind].to(codes.device)[torch.stack([codes >> 4, codes & 15], 1).int()].flatten()
     if codes.storage_offset() % 2:
@@ -306,25 +311,33 @@ def _decode_rows(p: Packed, start: int, stop: int, out: Tensor | None) -> Tensor
 
 @torch.no_grad()
 def dequantise(p: Packed, out: Tensor | None = None) -> Tensor:
-    """The dense tensor in its dtype, in new memory or in a contiguous `out` of its shape (in whose dtype it then is).
+    """The dense tensor in its dtype, in new memory or in a contiguous `out` of its shape: a product in float32, rounded once.
 
-    A product in float32, rounded once.
+    Where `out` has another dtype, the values are cast to it after that.
     """
-    form = p.format
-    out = torch.empty(form.shape, dtype=form.dtype, device=p.codes.device) if out is None else out
-    n, b = form.numel, form.blocksize
-    if p.codes.is_meta or not n:
-        return out
-    flat, piece = out.view(-1), max(TILE // b, 1) * b
-    scratch = None
-    for i in range(0, n, piece):
-        j = min(i + piece, n)
-        if out.dtype == torch.float32 and n % 2 == 0:
-            decode(p, i, j, flat[i:j])
+    out = torch.empty(p.format.shape, dtype=p.format.dtype, device=p.codes.device) if out is None else out
+    if not p.codes.is_meta:
+        fill(p, 0, p.format.numel, out.view(-1))
+    return out
+
+
+def fill(p: Packed, start: int, stop: int, out: Tensor) -> None:
+    """Write the entries start..stop of the flattened tensor into `out`, (stop - start,), piece by piece: no temporary exceeds a piece."""
+    form, scratch = p.format, None
+    b, n = max(form.blocksize, 1), form.numel
+    piece = max(DECODE // b, 1) * b
+    i = start
+    while i < stop:
+        j = min((i // piece + 1) * piece, stop)  # pieces begin and end with blocks
+        whole = i % b == 0 and (j % b == 0 or j == n) and (j - i) % 2 == 0
+        whole = whole and (out.storage_offset() + i - start) % 4 == 0  # quadruples are written as one number
+        if whole and out.dtype == form.dtype == torch.float32:
+            decode(p, i, j, out[i - start : j - start])
         else:
             scratch = torch.empty(room(p, min(piece, n)), dtype=torch.float32, device=out.device) if scratch is None else scratch
-            flat[i:j].copy_(decode(p, i, j, scratch))
-    return out
+            values = decode(p, i, j, scratch)
+            out[i - start : j - start].copy_(values if form.dtype in (torch.float32, out.dtype) else values.to(form.dtype))
+        i = j
 
 
 def entries(p: Packed, index: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import Adapted, adapted_class, original_class, seen_of
 from . import format as keys
-from .codes import TILE, Format, Packed, decode, dequantise, entries, room
+from .codes import DECODE, FEW, TILE, Format, Packed, dequantise, entries, fill
 
 SCALES = ("absmax", "nested_absmax", "nested_offset")  # suffixes of the buffers, in the order of Packed
 
@@ -45,19 +45,19 @@ class Product(torch.autograd.Function):
 
 
 def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor:
-    """x (..., n_in) W' + b, or x (..., n_out) W, in the dtype of x; no more of W than a tile is decoded at a time."""
+    """x (..., n_in) W' + b, or x (..., n_out) W, in the dtype of x; no more of W than a tile is dense at a time."""
     n_out, n_in = p.format.shape
-    rows = max(1, TILE // max(n_in, 1))
-    if rows >= n_out:
-        W = _tile(p, 0, n_out, x.dtype)
-        return x @ W if transposed else F.linear(x, W, b)
     flat = x.reshape(-1, x.shape[-1])
-    scratch = torch.empty(room(p, rows * n_in), dtype=torch.float32, device=x.device)
+    rows = max(1, (DECODE if len(flat) < FEW else TILE) // max(n_in, 1))
+    if rows >= n_out or n_out * n_in <= TILE // 4:
+        W = tile(p, 0, n_out, x.new_empty(n_out * n_in))
+        return x @ W if transposed else F.linear(x, W, b)
     out = x.new_zeros(*x.shape[:-1], n_in) if transposed else x.new_empty(*x.shape[:-1], n_out)
-    y = out.view(len(flat), -1) if len(flat) else out.view(0, out.shape[-1])
+    y = out.view(len(flat), out.shape[-1])
+    memory = x.new_empty(rows * n_in)
     for i in range(0, n_out, rows):
         j = min(i + rows, n_out)
-        W = _tile(p, i, j, x.dtype, scratch)
+        W = tile(p, i, j, memory)
         if transposed:
             y.addmm_(flat[:, i:j], W)
         elif b is None:
@@ -67,10 +67,13 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
     return out  # no view: what is added in place to a product must be the tensor that autograd knows
 
 
-def _tile(p: Packed, i: int, j: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
-    """Rows i..j of the weight, rounded to its own dtype and then cast to that of the product."""
-    n = p.format.shape[1]
-    return decode(p, i * n, j * n, scratch).view(j - i, n).to(p.format.dtype).to(p.format.out).to(dtype)
+def tile(p: Packed, i: int, j: int, memory: Tensor) -> Tensor:
+    """Rows i..j of the weight in `memory`, rounded to the weight's own dtype and then cast to the memory's."""
+    n, form = p.format.shape[1], p.format
+    W = memory[: (j - i) * n]
+    fill(p, i * n, j * n, W)
+    W = W.view(j - i, n)
+    return W if form.cast in (None, W.dtype) else W.to(form.cast).to(W.dtype)
 
 
 def activation(x: Tensor) -> torch.dtype:
