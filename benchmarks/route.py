@@ -1,7 +1,7 @@
 """A batch of 64 rows with one LoRA, and with eight of them row by row: forward, and forward with backward.
 
-    python benchmarks/route.py
-    python benchmarks/route.py --width 1024 --tokens 64 --rounds 9
+python benchmarks/route.py
+python benchmarks/route.py --width 1024 --tokens 64 --rounds 9
 """
 
 from __future__ import annotations

@@ -76,8 +76,15 @@ def attention(model: Model) -> list[nn.Module]:
     return [m for m in model.modules.values() if attends(m)]
 
 
+def patch_blocks(model: Model) -> list[nn.Module]:
+    """The blocks that work on patches or frames: those below no token embedding, whose masks and positions count tokens."""
+    owners = stacks(model)
+    return [b for b in every_block(model) if not any(b is m for owner in owners for m in owner.modules())]
+
+
 PLACES: dict[str, Callable[[Model], list[nn.Module]]] = {":head": head, ":norms": norms, ":embeddings": embeddings, ":blocks": every_block}
 PLACES[":attention"] = attention
+PLACES[":patch-blocks"] = patch_blocks
 PLACES[":stack"] = stacks  # the owner of the token embedding
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlab
+from peftlab import registry
 from peftlab.quant.api import packed_weights
 
 # ---------------------------------------------------------------- modules that torch does not have
@@ -389,7 +390,7 @@ ROWS = {
     "tokens": row(TABLES | {"lm"}, ids=[1, 3]),
     "xlora": row(frozenset({"lm", "transformer"}), experts=2, r=2),
     "vera": row(MATRICES, r=4),
-    "vpt": row(ATTENDS - {"attention_call"}, n=2),
+    "vpt": row(ATTENDS - {"attention_call", "lm"}, n=2),
 }
 
 # Methods whose start is the base only up to rounding; every other one starts bit for bit.
@@ -467,7 +468,9 @@ def data(case: str, dtype: torch.dtype = torch.float64) -> dict:
 
 
 def keywords(method: str, case: str) -> dict:
-    return {**CASES[case].wrap, **row_of(method).hyper}
+    """Of `wrap`, for the pair; methods on whole tensors have no use for a layout."""
+    tensors = registry.resolve(method)[0].on == "tensor"
+    return {k: v for k, v in CASES[case].wrap.items() if not (tensors and k == "layout")} | row_of(method).hyper
 
 
 @functools.cache

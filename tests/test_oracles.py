@@ -82,7 +82,7 @@ ROWS: dict[str, tuple[str, dict]] = {
     "tokens": ("tokens", dict(ids=[7, 0])),
     "vera": ("vera", dict(r=3)),
 }
-FROM_DATA = {"eva", "fish"}  # aliases that only choose a start or places from batches: the equation is lora's and sparse's
+FROM_DATA = {"corda", "eva", "fish", "lora_ga"}  # aliases that only choose a start or places from batches: the equation is lora's and sparse's
 
 EMBEDDINGS = {"embedding", "embedding-padding"}
 NO_BIAS = {"linear-nobias", "conv2d-circular", "conv_transpose2d-groups"} | EMBEDDINGS

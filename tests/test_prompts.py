@@ -519,6 +519,14 @@ def test_vpt_with_the_sequence_first(deep):
         model(x, mask=torch.zeros(5, 5, dtype=torch.float64))
 
 
+def test_vpt_is_for_patches():
+    """A text model's blocks get masks that count its tokens: by default there is no place in it."""
+    for name in ("bert", "llama", "t5"):
+        for verb in (peftlab.plan, peftlab.wrap):
+            with pytest.raises(ValueError, match="vpt finds nothing to sit at by default"):
+                verb(hf(name), "vpt")
+
+
 def test_vpts_start():
     model = peftlab.wrap(hf("vit"), "vpt", n=200, patch=4)
     v = (6 / (3 * 16 + 32)) ** 0.5

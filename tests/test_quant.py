@@ -216,8 +216,13 @@ def test_refusals_name_what_is_wrong():
         with pytest.raises(ValueError, match=match):
             peftlab.quantize(model, **kwargs)
         assert not packed_weights(model)
-    with pytest.raises(TypeError, match="dtype"):
-        peftlab.quantize(mlp(), compute_dtype=torch.int8)
+    for kwargs in (dict(compute_dtype=torch.int8), dict(double_quant="yes"), dict(progress=3), dict(targets=3.5)):
+        model = mlp()
+        with pytest.raises((TypeError, ValueError), match=next(iter(kwargs)).removeprefix("compute_").removesuffix("s") if "targets" not in kwargs else "3.5"):
+            peftlab.quantize(model, **kwargs)
+        assert not packed_weights(model)
+    with pytest.raises(TypeError, match=r"Module"):
+        peftlab.quantize({})
     model = peftlab.quantize(mlp(), targets="2")
     with pytest.raises(ValueError, match=r"'2' \(Linear\) is quantised already \(nf4\)"):
         peftlab.quantize(model, targets="*")

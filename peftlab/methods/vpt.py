@@ -26,7 +26,7 @@ from ..parts.slots import Place
 
 class VPT(Method):
     on = "module"
-    place = ":blocks"
+    place = ":patch-blocks"
     neutral = False
 
     def __init__(self, base: Base, *, n: int = 10, deep: bool = True, at: Place = 1, patch: int = 16):

@@ -273,12 +273,12 @@ def signs(V: Tensor) -> Tensor:
 # ---------------------------------------------------------------- norms
 
 
-def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
     """|W + s B A| of every row, (m,), without forming B A or any other (m, n) temporary.
 
     |W_i|^2 + 2 s <B_i, (W A')_i> + s^2 B_i (A A') B_i'
     """
     dtype = torch.promote_types(W.dtype, A.dtype)
     W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
-    cross = (B.mT * torch.addmm(A @ W.mT, A @ A.mT, B.mT, beta=2, alpha=s)).sum(0)
-    return torch.linalg.vector_norm(W, dim=1).square().add(cross, alpha=s).clamp_min(0).sqrt()
+    cross = (B.mT * torch.addmm(A @ W.mT, s * (A @ A.mT), B.mT, beta=2)).sum(0)
+    return torch.linalg.vector_norm(W, dim=1).square().add(s * cross).clamp_min(0).sqrt()

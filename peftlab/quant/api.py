@@ -74,6 +74,8 @@ def quantize(
     """
     check(kind, blocksize, double_quant)
     check_dtype(compute_dtype)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress={progress!r}: a function of (done, total, path)")
     root = bare(ensure_module(model))
     outside_disabled(root)
     view = Model.of(root)

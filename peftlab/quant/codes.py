@@ -138,6 +138,8 @@ def check(kind: object, blocksize: int | None = None, double: bool | None = None
 
     if kind not in FORMATS:
         raise ValueError(f"{kind!r}: one of {', '.join(map(repr, FORMATS))}.{did_you_mean(str(kind), FORMATS)}")
+    if double is not None and not isinstance(double, bool):
+        raise TypeError(f"double_quant={double!r}: True or False")
     if kind == "int8" and (blocksize is not None or double):
         raise ValueError("int8 has one scale a row: blocksize= and double_quant= belong to nf4 and fp4")
     if blocksize is not None and (isinstance(blocksize, bool) or blocksize not in BLOCKSIZES):

@@ -45,6 +45,8 @@ def load_quantized(
     """
     root = bare(ensure_module(model))
     check_dtype(compute_dtype)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress={progress!r}: a function of (done, total, path)")
     check_dtype(dtype)
     if kind is not None:
         check(kind, blocksize, double_quant)
