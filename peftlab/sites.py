@@ -89,7 +89,7 @@ def candidates(model: Model, cls: type[Method], split: Mapping, layout: Mapping,
     for key, m in model.modules.items():
         paths = model.paths[key]
         if cls.on == "module":
-            uncalled = any(isinstance(p, nn.MultiheadAttention) for p in model.parents.get(key, ()))  # it calls none of its children
+            uncalled = any(isinstance(p, UNCALLING) for p in model.parents.get(key, ()))
             if not uncalled and original_class(m).forward is not nn.Module.forward:  # as a list of modules has none
                 yield _called(model, m)
         elif cls.on == "tensor":
@@ -292,7 +292,8 @@ def _reads_children(model: Model, m: nn.Module) -> bool:
 
 
 # torch's own modules that read a child's weight: attention its out_proj, the encoder layer's fused path all of its children.
-READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, *filter(None, [getattr(nn, "LinearCrossEntropyLoss", None)]))
+UNCALLING = (nn.MultiheadAttention, *filter(None, [getattr(nn, "LinearCrossEntropyLoss", None)]))  # they call none of their children
+READERS = (*UNCALLING, nn.TransformerEncoderLayer)
 
 
 def _slices(whole: Site, paths: list[str], parts: Mapping, pattern, taken: set[int]) -> Iterable[Site]:
@@ -464,10 +465,17 @@ def _explain(model: Model, cls, label: str, there: list[Site], problems: list, c
                 f"{show(pattern)} is a {original_class(model.at[inside[0]]).__name__}, which {label} does not fit.{hint}"
                 + _alternatives(model, [model.at[p] for p in inside])
             )
+        elif cls.on == "module" and (owners := _owners_of(model, pattern)):
+            lines.append(f"{show(pattern)} names a parameter, and {label} surrounds modules." + _alternatives(model, owners))
         else:
             lines.append(f"{show(pattern)} matches nothing.{did_you_mean(str(pattern), fitting)}")
     rest = {k: v for k, v in counts.items() if v}
     return " ".join(lines) + (f" The other patterns matched: {rest}." if rest else "")
+
+
+def _owners_of(model: Model, pattern) -> list[nn.Module]:
+    """The modules whose parameters a pattern names."""
+    return [m for path, m in model.at.items() if any(matches(pattern, join(path, name), m) for name in m._parameters)]
 
 
 def fitting_methods(model: Model, hosts: list[nn.Module]) -> list[str]:
@@ -477,7 +485,8 @@ def fitting_methods(model: Model, hosts: list[nn.Module]) -> list[str]:
     for name in registered():
         cls = resolve(name)[0]
         there[cls.on] = there[cls.on] or list(candidates(model, cls, {}, {}, []))
-        if any(s.host in hosts and cls.fits(s) for s in there[cls.on]):
+        places = there[cls.on] if cls.place is None else _structural(model, cls.place, there[cls.on])
+        if any(s.host in hosts and cls.fits(s) for s in places):
             found.append(name)
     return found
 

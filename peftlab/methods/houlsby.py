@@ -12,6 +12,7 @@ Trains: size(n_out, n_out, dim, bias, norm, gate)
 Structure: y - h depends on h through at most dim features
 Family: adapters
 Paper: Houlsby et al. 2019, arXiv 1902.00751, sec. 2.1; on linear layers: Hu et al. 2023 (LLM-Adapters), arXiv 2304.01933
+Rate: 5e-4
 Aliases: adapter_s = dict(targets=":linears", activation="tanh", bias=False)
 Differs: starts at the base itself, the authors near it. The LayerNorms are not trained along: wrap ln_tuning as well.
 """

@@ -28,7 +28,10 @@ from ..parts import outputs, router, spots
 
 
 def count(experts: int | list) -> int:
-    return experts if isinstance(experts, int) else len(experts)
+    """How many; ValueError for what is neither a number nor a list of adapters."""
+    if isinstance(experts, (list, tuple)) and all(isinstance(name, str) for name in experts):
+        experts = len(experts)
+    return positive_int("experts", experts, None)
 
 
 class XLoRA(Method):
@@ -41,7 +44,8 @@ class XLoRA(Method):
         temperature: float = 1.0, layerwise: bool = True, train: bool = False, seed: int = 0,
     ):  # fmt: skip
         super().__init__(base)
-        n, self.path, self.owner = positive_int("experts", count(experts), None, base), base.path, base.path == self.common.owner
+        n, self.path, self.owner = count(experts), base.path, base.path == self.common.owner
+        positive_int("r", r, min(base.n_in, base.n_out) if base.pointwise else None, base)
         if k is not None and positive_int("k", k, None, base) > n:
             raise ValueError(f"k={k}: there are {n} experts")
         if finite("temperature", temperature) <= 0:
@@ -66,6 +70,7 @@ class XLoRA(Method):
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
         held = {n for h in hosts if "peftlab" in h._modules for n in h._modules["peftlab"].sites}
         wanted = hyper.get("experts", 1)
+        count(wanted)
         if not isinstance(wanted, int) and not held.issuperset(wanted):
             raise ValueError(f"experts={wanted!r}: the layers meant hold {sorted(held) or 'no adapters'}")
         return model.place(":trunk")

@@ -27,7 +27,7 @@ def create(m: nn.Module, n_in: int, n_out: int, dim: int, path: str, *, activati
     init: zero (D Kaiming-uniform, E = 0: the branch starts at zero) | normal, N(0, 0.02^2) | truncated, N(0, 0.01^2) cut at two deviations.
     """
     for what, value, there in (("activation", activation, ACTIVATIONS), ("init", init, INITS), ("gate", gate, GATES)):
-        if value not in there:
+        if not isinstance(value, str) or value not in there:
             raise ValueError(f"{what}={value!r} at {path!r}: one of {', '.join(there)}")
     m.D, m.E = nn.Parameter(torch.empty(dim, n_in)), nn.Parameter(torch.zeros(n_out, dim))
     m.c, m.e = (nn.Parameter(torch.zeros(k)) if bias else None for k in (dim, n_out))
