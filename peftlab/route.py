@@ -151,6 +151,11 @@ def _batch_size(host: nn.Module, route: Route, args: tuple, kwargs: dict) -> int
     dim = _dim(host, route)
     if x is None or x.ndim <= dim:
         raise ValueError(f"a {hosts.original_class(host).__name__} was called without a batch inside route(...): its rows cannot be told apart")
+    if isinstance(host, nn.Embedding) and x.ndim == 1:
+        raise ValueError(
+            f"an adapted embedding got ids of shape {tuple(x.shape)} inside route(...), which may be positions for all rows or one token of each: "
+            "give ids a batch dimension, as in ids[None]"
+        )
     size = x.shape[dim]
     if size != 1 and size % route.rows:
         raise ValueError(

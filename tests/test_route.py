@@ -264,3 +264,13 @@ def test_one_adapter_for_all_rows_counts_them_too():
         assert model(torch.randn(3, 6).double()).shape == (3, 4)
         with pytest.raises(ValueError, match="no multiple of the 3 rows"):
             model(torch.randn(2, 6).double())
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_ids_without_a_batch_dimension_are_refused(n):
+    """Whether four ids are four rows or the positions of all cannot be known."""
+    model = moved(nn.Sequential(nn.Embedding(9, 6)), "a")
+    with peftlab.route(model, (["a", None] * 2)[:n]):
+        with pytest.raises(ValueError, match="batch dimension"):
+            model(torch.arange(4))
+        assert model(torch.arange(4)[None]).shape == (n, 4, 6)

@@ -332,7 +332,7 @@ def fill(p: Packed, start: int, stop: int, out: Tensor) -> None:
     while i < stop:
         j = min((i // piece + 1) * piece, stop)  # pieces begin and end with blocks
         whole = i % b == 0 and (j % b == 0 or j == n) and (j - i) % 2 == 0
-        whole = whole and (out.storage_offset() + i - start) % 4 == 0  # quadruples are written as one number
+        whole = whole and not torch.compiler.is_compiling() and (out.storage_offset() + i - start) % 4 == 0  # quadruples are written as one number
         if whole and out.dtype == form.dtype == torch.float32:
             decode(p, i, j, out[i - start : j - start])
         else:
