@@ -9,6 +9,7 @@ Trains: n * hidden_width(site) + 1
 Structure: where a = 0 the layer is the base's
 Family: prompt
 Paper: Zhang et al. 2023, arXiv 2303.16199, sec. 3.1-3.2
+Rate: 1e-2
 Differs: one gate a layer; the authors' later code has one a head. They adapt the topmost layers: say layers=.
 """
 

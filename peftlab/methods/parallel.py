@@ -13,6 +13,7 @@ Structure: y - base(x) depends on x through at most dim features
 Family: adapters
 Paper: He et al. 2021, arXiv 2110.04366, table 1; on linear layers: Hu et al. 2023 (LLM-Adapters), arXiv 2304.01933; in vision: Chen et al.
     2022 (AdaptFormer), arXiv 2205.13535
+Rate: 5e-4
 Aliases: scaled_parallel = dict(gate="scalar", alpha=1.0); adapter_p = dict(targets=":linears", activation="tanh", bias=False, alpha=1.0);
     adaptformer = dict(alpha=0.1)
 Differs: the input is what the part gets, so normalised where the block normalises first, as in the equations of AdaptFormer; its code

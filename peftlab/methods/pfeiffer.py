@@ -16,6 +16,7 @@ Trains: size(n_out, n_out, dim, bias, norm, gate)
 Structure: the adapter's change of the sum depends on its argument through at most dim features
 Family: adapters
 Paper: Pfeiffer et al. 2020 (MAD-X), arXiv 2005.00052, eq. 1; Pfeiffer et al. 2020 (AdapterFusion), arXiv 2005.00247
+Rate: 1e-3
 Differs: starts at the base itself, the authors near it.
 """
 
