@@ -556,7 +556,7 @@ def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     site, method = links[-1]
     if method.on == "module":
         return method(Base(site, links[:-1], method.common), *args, **kwargs)
-    x, rest, kwargs = _first(args, kwargs)
+    x, rest, kwargs = first_input(args, kwargs)
     if method.surrounds():
         return method(Base(site, links[:-1], method.common), x, *rest, **kwargs)
     if rest or kwargs or any(s.dense for s, _ in links):
@@ -628,7 +628,7 @@ def _by_parts(host: nn.Module, links: tuple, x: Tensor) -> Tensor:
     return torch.cat([*pieces, y[..., at:]], -1)
 
 
-def _first(args: tuple, kwargs: dict) -> tuple:
+def first_input(args: tuple, kwargs: dict) -> tuple:
     """The layer's input, however it was passed, and what else was."""
     if args:
         return args[0], args[1:], kwargs
@@ -673,7 +673,7 @@ def run_links(host: nn.Module, stack: Stack, links: Links, args: tuple, kwargs: 
         return call(host, links.calls, args, kwargs)
     y = call(host, links.weights + links.calls, args, kwargs)
     rule = links.weights[-1][0].rule
-    return rule.finish(host, y, _first(args, kwargs)[0]) if rule.name == "embedding" and not links.calls else y
+    return rule.finish(host, y, first_input(args, kwargs)[0]) if rule.name == "embedding" and not links.calls else y
 
 
 def _seen(name: str) -> property:

@@ -39,6 +39,7 @@ class Method(nn.Module):
     in_place: bool = False  # trains the base tensor itself
     scheduled: bool = False  # set by `schedule`
 
+    s: float | Tensor  # the scale that follows from `alpha`, where there is one; given as a float, kept as a float64 tensor that `rescale` changes
     site: Site
     recipe: Recipe
     shapes: dict[str, tuple[int, ...]]  # of the saved tensors when attached: what a shard is compared with

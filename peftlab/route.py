@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import host as hosts
 from .host import CHILD, Adapted, Link, Links, Route, Routed, Site, Stack, bare, stacks
 from .method import Base, Method
+from .parts import outputs
 from .sites import READERS, Model, ensure_module
 from .wrap import named, outside_disabled, survey
 
@@ -208,19 +209,14 @@ def _is_plain(value) -> bool:
 
 def _joined(values: list, rows: list[list[int]], size: int, dim: int, host: nn.Module):
     """The same structure as every value, with each group's rows from its own."""
-    one = values[0]
-    again = functools.partial(_joined, rows=rows, size=size, dim=dim, host=host)
-    if one is None:
-        return None
-    if isinstance(one, Tensor) and one.ndim > dim and one.shape[dim] == size:
-        return _back([v.index_select(dim, _index(r, v)) for v, r in zip(values, rows, strict=True)], rows, dim)
-    if isinstance(one, Mapping):
-        return type(one)(**{k: again([v[k] for v in values]) for k in one})
-    if isinstance(one, (tuple, list)):
-        found = [again(list(v)) for v in zip(*values, strict=True)]
-        return type(one)(*found) if hasattr(one, "_fields") else type(one)(found)
-    shown = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
-    raise ValueError(f"a {hosts.original_class(host).__name__} gave {shown} inside route(...), in which the {size} rows of the batch are not seen")
+
+    def pick(found: list[Tensor]) -> Tensor:
+        if found[0].ndim <= dim or found[0].shape[dim] != size:
+            kind, shape = hosts.original_class(host).__name__, tuple(found[0].shape)
+            raise ValueError(f"a {kind} gave {shape} inside route(...), in which the {size} rows of the batch are not seen")
+        return _back([v.index_select(dim, _index(r, v)) for v, r in zip(found, rows, strict=True)], rows, dim)
+
+    return outputs.matched(values, pick)
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
@@ -241,7 +237,7 @@ def _joint(rows: list[list[int]]) -> list[int]:
 
 def _sorted(host: nn.Module, stack: Stack, dim: int, parts: list, size: int, args: tuple, kwargs: dict) -> Tensor:
     """A surrounded layer: each group of rows runs its own methods; those share one run of the frozen layer."""
-    x, rest, kwargs = hosts._first(args, kwargs)
+    x, rest, kwargs = hosts.first_input(args, kwargs)
     x = _widened(x, size, dim)
     rows = [r for _, r in parts]
     order = _joint(rows)

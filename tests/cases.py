@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -502,3 +503,11 @@ def quick(method: str) -> list[str]:
 def anywhere() -> list[str]:
     """Names of methods that find a place in any model; the others need attention, tokens or blocks, and have tests of their own."""
     return [m for m in methods() if any(fits(m, case) for case in ("linear", "embedding", "layer_norm"))]
+
+
+def place_or_skip(method: str, model: nn.Module, **how) -> None:
+    """Skips the test where a model does not have the place that the method needs; `plan` says so, to which other tests hold it."""
+    try:
+        peftlab.plan(model, method, **how)
+    except peftlab.PatternError as e:
+        pytest.skip(str(e)[:80])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import re
 
 import pytest
+import tiny
 import torch
 from cases import Added, Block, Transformer
 from oracles import CALLS, bottleneck
+from tiny import own
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,17 +73,7 @@ def run(kind: str, model: nn.Module, ids: Tensor | None = None) -> Tensor:
     return model(input_ids=ids, **({"decoder_input_ids": ids} if kind == "t5" else {})).logits
 
 
-def perturb(model: nn.Module, size: float = 0.2, seed: int = 0) -> nn.Module:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype))
-    return model
-
-
-def own(model: nn.Module) -> dict[str, Tensor]:
-    return {k: p for k, p in model.named_parameters() if p.requires_grad}
+perturb = functools.partial(tiny.perturb, size=0.2)
 
 
 def method_of(model: nn.Module, path: str, name: str = "default") -> nn.Module:
@@ -121,7 +114,7 @@ def test_adapters_are_their_formula(name, hyper):
     base = layer.double()
     model = nn.ModuleDict({"layer": copy.deepcopy(base)})
     peftlab.wrap(model, name, targets="layer", dim=3, dtype=torch.float64, **hyper)
-    perturb(model, 0.5)
+    perturb(model, size=0.5)
     m = method_of(model, "layer")
     options = {"alpha": 4.0 if name == "parallel" else 1.0, **hyper}
     base.requires_grad_(False)
@@ -131,7 +124,7 @@ def test_adapters_are_their_formula(name, hyper):
 def test_pfeiffer_where_the_block_normalises_first():
     torch.manual_seed(1)
     base = Transformer().double().requires_grad_(False)
-    model = perturb(peftlab.wrap(copy.deepcopy(base), "pfeiffer", dim=3, dtype=torch.float64), 0.5)
+    model = perturb(peftlab.wrap(copy.deepcopy(base), "pfeiffer", dim=3, dtype=torch.float64), size=0.5)
     x = torch.randn(2, 4, 8, dtype=torch.float64)
 
     def oracle(x):
@@ -149,7 +142,7 @@ def test_parallel_where_the_module_adds_the_residual():
     base = Added().double().requires_grad_(False)
     model = nn.ModuleDict({"layer": copy.deepcopy(base)})
     peftlab.wrap(model, "parallel", targets="layer", dim=3, dtype=torch.float64)
-    perturb(model, 0.5)
+    perturb(model, size=0.5)
     t = tensors(method_of(model, "layer"))
     i, x = torch.randn(2, 4, 10, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
     wanted = base.norm(base.dense(i) + x + bottleneck(x, t, dict(activation="relu", alpha=4.0)))
@@ -177,20 +170,20 @@ def test_adapters_in_bert_are_where_the_papers_put_them():
         return layer.output.LayerNorm(h + x1)
 
     twin = copy.deepcopy(base)
-    perturb(peftlab.wrap(twin, "houlsby", dim=3, dtype=torch.float64), 0.5)
+    perturb(peftlab.wrap(twin, "houlsby", dim=3, dtype=torch.float64), size=0.5)
     t = [tensors(method_of(twin, f"encoder.layer.0.{p}")) for p in ("attention.output.dense", "output.dense")]
     hyper = dict(activation="gelu", alpha=1.0)
     wanted = by_hand(lambda h: h + bottleneck(h, t[0], hyper), lambda h, x1: plain(h + bottleneck(h, t[1], hyper), x1))
     torch.testing.assert_close(twin.encoder.layer[0](x), wanted, **TIGHT)
 
     twin = copy.deepcopy(base)
-    perturb(peftlab.wrap(twin, "pfeiffer", dim=3, dtype=torch.float64), 0.5)
+    perturb(peftlab.wrap(twin, "pfeiffer", dim=3, dtype=torch.float64), size=0.5)
     t = tensors(method_of(twin, "encoder.layer.0.output.LayerNorm"))
     wanted = by_hand(lambda h: h, lambda h, x1: plain(h + bottleneck(plain(h, x1), t, dict(activation="relu", alpha=1.0)), x1))
     torch.testing.assert_close(twin.encoder.layer[0](x), wanted, **TIGHT)
 
     twin = copy.deepcopy(base)
-    perturb(peftlab.wrap(twin, "parallel", dim=3, dtype=torch.float64), 0.5)
+    perturb(peftlab.wrap(twin, "parallel", dim=3, dtype=torch.float64), size=0.5)
     t = tensors(method_of(twin, "encoder.layer.0.output"))
     wanted = by_hand(lambda h: h, lambda h, x1: plain(h + bottleneck(x1, t, dict(activation="relu", alpha=4.0)), x1))
     torch.testing.assert_close(twin.encoder.layer[0](x), wanted, **TIGHT)
@@ -420,7 +413,7 @@ class Holder(nn.Module):
 def edits(r: int = 2, **hyper) -> tuple[nn.Module, nn.Module]:
     """A model that is one edit, and the edit."""
     model = peftlab.wrap(Holder().double(), "loreft", targets="block", r=r, dtype=torch.float64, **hyper)
-    return perturb(model, 0.5), method_of(model, "block")
+    return perturb(model, size=0.5), method_of(model, "block")
 
 
 def loreft(h: Tensor, m: nn.Module, positions: list[list[int]], k: int = 0) -> Tensor:
@@ -630,7 +623,7 @@ def test_padded_rows_are_the_rows_alone(kind, name):
 def test_generation(kind, name):
     """With a KV cache as without, greedy and with beams; each left-padded row as alone; and other tokens than the base's."""
     base = make(kind)
-    model = perturb(peftlab.wrap(copy.deepcopy(base), name, **EDITS[name]), 0.5)
+    model = perturb(peftlab.wrap(copy.deepcopy(base), name, **EDITS[name]), size=0.5)
     ids, mask = prompts()
     for options in (dict(), dict(num_beams=3), dict(num_return_sequences=2, num_beams=2)):
         options |= dict(max_new_tokens=8, do_sample=False, attention_mask=mask)
@@ -647,7 +640,7 @@ def test_generation(kind, name):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_generation_of_an_encoder_decoder(name):
-    model = perturb(peftlab.wrap(make("t5"), name, **EDITS[name]), 0.5)
+    model = perturb(peftlab.wrap(make("t5"), name, **EDITS[name]), size=0.5)
     ids, mask = prompts()
     ids, mask = ids.roll(-3, 1), mask.roll(-3, 1)
     ids[1], mask[1] = tokens(9)[1], 1

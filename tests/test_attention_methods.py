@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CAUSAL, DECODERS, TEXT, Own, batch, hf, methods_of, perturb
+from tiny import CAUSAL, DECODERS, TEXT, Own, batch, hf, methods_of, peft_of, perturb
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -527,11 +527,6 @@ def test_learns_in_a_stated_number_of_steps(method, hyper, lr):
 
 
 # ---------------------------------------------------------------- HF peft
-
-
-def peft_of(model: nn.Module, config) -> nn.Module:
-    peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, config(peft)).eval()
 
 
 def compared(ours: nn.Module, theirs: nn.Module, x: dict, mine: list, yours: list, real=None) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
+import tiny
 import torch
 from cases import Transformer
 from oracles import CALLS
 from safetensors.torch import load_file
+from tiny import own
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,17 +22,7 @@ TIGHT = dict(rtol=1e-10, atol=1e-10)
 NEAR = dict(rtol=1e-5, atol=1e-5)
 
 
-def perturb(model: nn.Module, size: float = 0.3, seed: int = 0) -> nn.Module:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype))
-    return model
-
-
-def own(model: nn.Module) -> dict[str, Tensor]:
-    return {k: p for k, p in model.named_parameters() if p.requires_grad}
+perturb = functools.partial(tiny.perturb, size=0.3)
 
 
 class One(nn.Module):
@@ -221,7 +214,7 @@ def test_it_stacks_with_weight_methods_in_any_order(other, first):
     order = [("mix", "mola", dict(experts=3, k=2, r=2)), ("other", other, {} if other in ("bitfit", "full", "ia3", "oft") else dict(r=2))]
     for name, method, hyper in order if first else order[::-1]:
         peftlab.wrap(model, method, targets="layer", name=name, dtype=torch.float64, **hyper)
-    perturb(model, 0.2)
+    perturb(model, size=0.2)
     y, mix = model(X), model.layer.peftlab.mix
     with peftlab.using(model, "other"):
         below = model(X)

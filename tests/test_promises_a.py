@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import anywhere
+from cases import anywhere, place_or_skip
 from oracles import ORACLES, canonical, raw
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,16 +36,6 @@ SMALL = {"r": 2, "init_r": 3, "n": 4, "density": 0.3, "ids": [1, 3], "n_tokens":
 def small(method: str) -> dict:
     known = keywords(resolve(method)[0])
     return {k: v for k, v in SMALL.items() if k in known}
-
-
-def place_or_skip(method: str, model: nn.Module, **where) -> None:
-    """A method whose default place a model does not have says so, which other tests hold it to."""
-    try:
-        peftlab.plan(model, method, **{**small(method), **where})
-    except ValueError as e:
-        if "targets" not in str(e) and "blocks" not in str(e):
-            raise
-        pytest.skip(str(e)[:80])
 
 
 def rel(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -847,7 +837,7 @@ def loss_on_ids(model):
 def test_promise_07_heads_norms_biases_and_batchnorm_come_back(method, tmp_path):
     """transformers#48595, peft#602, #1732 (0.59 off after reload): on a fresh base the outputs are equal to the bit."""
     model = Everything()
-    place_or_skip(method, model, exclude=["head", "ln"])
+    place_or_skip(method, model, exclude=["head", "ln"], **small(method))
     peftlab.wrap(model, method, exclude=["head", "ln"], **small(method))
     peftlab.wrap(model, "full", targets=["head.*", "ln.*"], name="trained")
     model.train()
@@ -2043,7 +2033,7 @@ def test_promise_19_output_has_the_base_layers_dtype(method, dtype):
 @pytest.mark.parametrize("method", [m for m in METHODS if "ids" not in small(m)])
 def test_promise_19_autocast(method):
     model = net().train()
-    place_or_skip(method, model)
+    place_or_skip(method, model, **small(method))
     peftlab.wrap(model, method, **small(method))
     with torch.autocast("cpu", torch.bfloat16):
         with peftlab.disabled(model):
@@ -2059,7 +2049,7 @@ def test_promise_19_half_base_and_grad_scaler_take_a_finite_step(method):
     """diffusers#6086 "Attempting to unscale FP16 gradients", peft#1249."""
     torch.manual_seed(0)
     model = Net().half().train()
-    place_or_skip(method, model)
+    place_or_skip(method, model, **small(method))
     peftlab.wrap(model, method, **small(method))
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -2163,7 +2153,7 @@ def test_promise_26_no_method_edits_the_base_when_it_starts_or_trains(method):
     model = net()
     untouched = {k: v.clone() for k, v in model.state_dict().items()}
     want = model(ids())
-    place_or_skip(method, model)
+    place_or_skip(method, model, **small(method))
     peftlab.wrap(model, method, **small(method))
     assert all(torch.equal(model.state_dict()[k], v) for k, v in untouched.items())
     train(model, loss_on_ids)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import anywhere
+from cases import anywhere, place_or_skip
 from oracles import own
 from test_bad_input import unchanged
 from torch import nn
@@ -52,16 +52,6 @@ def fits(method: str, layer: nn.Module, **kw) -> bool:
     except (ValueError, TypeError):
         return False
     return True
-
-
-def place_or_skip(method: str, model: nn.Module, **where) -> None:
-    """A method whose default place a model does not have says so, which other tests hold it to."""
-    try:
-        peftlab.plan(model, method, **{**small(method), **where})
-    except ValueError as e:
-        if "targets" not in str(e) and "blocks" not in str(e):
-            raise
-        pytest.skip(str(e)[:80])
 
 
 def rel(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -470,7 +460,7 @@ def test_promise_34_counts_known_on_meta_are_the_real_ones(method, tmp_path):
     where = {"targets": "embed"} if method == "tokens" else {}
     with torch.device("meta"):
         nothing = LM()
-    place_or_skip(method, nothing, **where)
+    place_or_skip(method, nothing, **where, **small(method))
     plan = peftlab.plan(nothing, method, **where, **small(method))
     guess = peftlab.estimate(nothing, method, optimizer="adamw", **where, **small(method))
     model = peftlab.wrap(lm(), method, **where, **small(method))
@@ -569,7 +559,7 @@ def compiled_case(method):
     where = {"targets": "embed" if method == "tokens" else ["a", "b"]}
     if not fits(method, MLP(), **where):
         where = {}
-    place_or_skip(method, MLP(), **where)
+    place_or_skip(method, MLP(), **where, **small(method))
     model = mlp()
     for i, name in enumerate("ab"):
         randomise(peftlab.wrap(model, method, name=name, **where, **small(method)), name, i)
@@ -776,7 +766,7 @@ def test_promise_42_merged_and_unloaded_is_the_original_module(method):
     attributes = {p: set(vars(m)) for p, m in model.named_modules()}
     before = ops(model, IDS, training=True)
     where = {"targets": "embed"} if method == "tokens" else {}
-    place_or_skip(method, model, **where)
+    place_or_skip(method, model, **where, **small(method))
     peftlab.wrap(model, method, **where, **small(method))
     randomise(model)
     if not resolve(method)[0].defined():
@@ -801,7 +791,7 @@ def test_promise_42_disabled_adapters_run_no_operation_and_record_no_node(method
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
     model = nn.ModuleDict({"block": Block(), "embed": nn.Embedding(11, 8)})
-    place_or_skip(method, model, **({"targets": "embed"} if method == "tokens" else {}))
+    place_or_skip(method, model, **({"targets": "embed"} if method == "tokens" else {}), **small(method))
 
     def call(z):
         return model["block"](z + model["embed"](torch.zeros(2, 5, dtype=torch.long)))
@@ -1067,7 +1057,7 @@ def test_promise_46_nothing_is_hidden(method):
     modules, keys = dict(model.named_modules()), list(model.state_dict())
     params = dict(model.named_parameters())
     where = {"targets": "embed"} if method == "tokens" else {}
-    place_or_skip(method, model, **where)
+    place_or_skip(method, model, **where, **small(method))
     if "" in [r.path for r in peftlab.plan(model, method, **where, **small(method)).rows]:
         pytest.skip("the model itself is surrounded")
     peftlab.wrap(model, method, **where, **small(method))
@@ -1340,7 +1330,7 @@ def test_promise_50_disabled_is_bit_for_bit_the_model_before_wrap(method, merge)
     want = copy.deepcopy(model).eval().requires_grad_(False)(IDS)
     train = copy.deepcopy(model).train().requires_grad_(False)(IDS)
     targets = "embed" if method == "tokens" else "*"
-    place_or_skip(method, model, targets=targets)
+    place_or_skip(method, model, targets=targets, **small(method))
     peftlab.wrap(model, method, targets=targets, **small(method))
     if method != "bitfit":
         peftlab.wrap(model, "bitfit", name="biases")
@@ -1870,7 +1860,7 @@ def test_promise_57_deepcopy_and_pickle(method):
     """trl#6416, bnb#1060."""
     torch.manual_seed(0)
     model = Whole().eval()
-    place_or_skip(method, model, targets="embed" if method == "tokens" else "*")
+    place_or_skip(method, model, targets="embed" if method == "tokens" else "*", **small(method))
     peftlab.wrap(model, method, targets="embed" if method == "tokens" else "*", **small(method))
     randomise(model)
     peftlab.wrap(model, "full", targets="head", name="head")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CAUSAL, DECODERS, Own, batch, hf, methods_of, perturb
+from tiny import CAUSAL, DECODERS, Own, batch, hf, methods_of, peft_of, perturb
 from torch import Tensor, nn
 
 import peftlab
@@ -602,11 +602,6 @@ def test_vpt_learns(method):
 
 
 # ---------------------------------------------------------------- HF peft
-
-
-def peft_of(model: nn.Module, config) -> nn.Module:
-    peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, config(peft)).eval()
 
 
 @pytest.mark.parametrize("kind", ["prompt", "mlp", "lstm"])

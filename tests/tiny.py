@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,3 +113,14 @@ class Own(nn.Module):
             x = x + mixer(x, None if keep_mask is None else keep_mask.bool())
             x = x + torch.tanh(widen(x))
         return self.answer(x)
+
+
+def own(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What trains, by path."""
+    return {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+
+def peft_of(model: nn.Module, config) -> nn.Module:
+    """The model under HF peft, in eval mode; config(peft) makes its configuration."""
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, config(peft)).eval()

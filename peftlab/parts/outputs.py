@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -71,21 +70,29 @@ def by_rows(h: Tensor, parts: list, f: Callable) -> Tensor:
     return h
 
 
-def joined(values: list, rows: list, size: int, tokens: int = 1) -> object:
-    """The same structure as every value, with the given rows from each; `tokens` is the dimension that counts tokens, 1 or 0, rows are the other."""
+def matched(values: list, f: Callable[[list[Tensor]], Tensor]) -> object:
+    """The structure that several outputs have in common, with f of the tensors that stand at one place of it; other things as in the first."""
     one = values[0]
-    again = functools.partial(joined, rows=rows, size=size, tokens=tokens)
     if isinstance(one, Tensor):
-        d = 1 - tokens
-        if one.ndim <= d or one.shape[d] != size:
-            return one
-        out = one
-        for v, r in zip(values[1:], rows[1:], strict=True):
-            out = out.index_copy(d, r.to(out.device), v.index_select(d, r.to(v.device)))
-        return out
+        return f(values)
     if isinstance(one, Mapping):
-        return type(one)(**{k: again([v[k] for v in values]) for k in one})
+        return type(one)(**{k: matched([v[k] for v in values], f) for k in one})
     if isinstance(one, (tuple, list)):
-        found = [again(list(v)) for v in zip(*values, strict=True)]
+        found = [matched(list(v), f) for v in zip(*values, strict=True)]
         return type(one)(*found) if is_named(one) else type(one)(found)
     return one
+
+
+def joined(values: list, rows: list, size: int, tokens: int = 1) -> object:
+    """The same structure as every value, with the given rows from each; `tokens` is the dimension that counts tokens, 1 or 0, rows are the other."""
+    d = 1 - tokens
+
+    def pick(found: list[Tensor]) -> Tensor:
+        out = found[0]
+        if out.ndim <= d or out.shape[d] != size:
+            return out
+        for v, r in zip(found[1:], rows[1:], strict=True):
+            out = out.index_copy(d, r.to(out.device), v.index_select(d, r.to(v.device)))
+        return out
+
+    return matched(values, pick)
