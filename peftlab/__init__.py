@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .positions import positions
     from .quant.api import dequantize, quantize
     from .quant.load import load_quantized
+    from .quant.starts import wrap_quantized
     from .registry import methods
     from .report import report
     from .route import route
@@ -46,6 +47,7 @@ _WHERE = {
     "positions": "positions",
     **dict.fromkeys(("quantize", "dequantize"), "quant.api"),
     "load_quantized": "quant.load",
+    "wrap_quantized": "quant.starts",
     "report": "report",
     "route": "route",
     "estimate": "estimate",
@@ -57,6 +59,7 @@ __all__ = [
     "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "dequantize", "disabled", "drop_network",
     "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "param_groups", "plan", "positions", "prefix_from", "quantize",
     "report", "rescale", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view", "watch", "wrap",
+    "wrap_quantized",
 ]  # fmt: skip
 
 

@@ -47,18 +47,33 @@ def attend(base: Base, change: Change, *args, **kwargs):
 
 
 def _unreached(path: str, host: nn.Module) -> str:
-    return (
+    what = (
         f"{path!r}, a {original_class(host).__name__}, computes attention by hand: nothing in it called torch's scaled_dot_product_attention, so that a "
-        'method on attention would do nothing. Load a transformers model with attn_implementation="sdpa" (or call '
-        'model.set_attn_implementation("sdpa")); in a module of your own use torch.nn.functional.scaled_dot_product_attention.'
+        "method on attention would do nothing. "
+    )
+    if _caps(host):
+        return what + (
+            "It caps the scores of its attention, for which torch's function has no option: no setting of the model helps. Methods on input tokens "
+            "(prompt_tuning, p_tuning) and on weights work there."
+        )
+    return what + (
+        'Load a transformers model with attn_implementation="sdpa" (or call model.set_attn_implementation("sdpa")); in a module of your own use '
+        "torch.nn.functional.scaled_dot_product_attention."
     )
 
 
+def _caps(host: nn.Module) -> bool:
+    """Whether a module says that its scores go through a tanh before the softmax, as Gemma 2's do."""
+    return any("softcap" in name and value is not None for name, value in vars(host).items())
+
+
 def refuse_by_hand(base: Base) -> None:
-    """The same refusal where the module's configuration already says it: before anything is built."""
+    """The same refusal where the module or its configuration already says it: before anything is built."""
     name = getattr(getattr(base.site.host, "config", None), "_attn_implementation", None)
-    if isinstance(name, str) and "sdpa" not in name:
-        raise ValueError(f"attention is set to {name!r} at {base.path!r}. {_unreached(base.path, base.site.host)}")
+    by_hand = isinstance(name, str) and "sdpa" not in name
+    if by_hand or _caps(base.site.host):
+        said = f"attention is set to {name!r} at {base.path!r}. " if by_hand else ""
+        raise ValueError(said + _unreached(base.path, base.site.host))
 
 
 def passed_on(func: Callable, args: tuple, kwargs: dict):

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .host import CHILD, Site, as_kind, follow, install, swap_out
+from .layers import is_opaque_linear
 from .method import Base, Method
+from .progress import Progress, told
 
 KEEP_BUFFERS = 1 << 20  # entries; larger persistent buffers are watched but not copied
 PROBE = "peftlab_probe"  # the adapter that is there while gradients are collected
@@ -50,7 +52,7 @@ def _only_read(site: Site) -> bool:
     return site.read_only and type(site.host).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable, loss: Callable | None, progress: Callable | None = None) -> None:
+def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable, loss: Callable | None, progress: Progress = None) -> None:
     """One pass over the data in eval mode; flags, modes and hooks are put back whatever happens.
 
     In a process group every process calls this with its share of the batches, and all get the start of all the batches.
@@ -63,6 +65,9 @@ def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable
     before = [(t, t.detach().clone()) for t in [*written, *(b for b in model.buffers() if b.numel() <= KEEP_BUFFERS)] if not t.is_meta]
     try:
         model.eval()
+        for m, mode in modes:
+            if is_opaque_linear(m):  # one may lay its codes out for inference, for good, when it runs in eval mode (bitsandbytes on a CPU)
+                m.training = mode
         for p, _ in flags:
             p.requires_grad_(False)
         _pass(model, pairs, data, loss, progress)
@@ -79,11 +84,10 @@ def calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable
     missed = [s.path for s, m in pairs if m.seen is None]
     if missed:
         raise ValueError(f"no batch of data= reached {len(missed)} of {len(pairs)} sites, {missed[0]!r} among them: their start cannot be computed")
-    with torch.no_grad():
+    with torch.no_grad(), told(progress, "starts from data") as tell:
         for i, (site, method) in enumerate(pairs):
             method.calibrated(Base(site, _below(site), method.common))
-            if progress is not None:
-                progress(i + 1, len(pairs), site.path)
+            tell(i + 1, len(pairs), site.path)
 
 
 def _below(site: Site) -> tuple:
@@ -91,10 +95,10 @@ def _below(site: Site) -> tuple:
     return () if stack is None else stack.links.weights
 
 
-def _pass(model: nn.Module, pairs, data: Iterable, loss: Callable | None, progress: Callable | None) -> None:
+def _pass(model: nn.Module, pairs, data: Iterable, loss: Callable | None, progress: Progress) -> None:
     asked = [(s, m) for s, m in pairs if m.needs_data == "gradients"]
     total = len(data) if isinstance(data, Sized) else None
-    with contextlib.ExitStack() as undo, torch.set_grad_enabled(bool(asked)):
+    with contextlib.ExitStack() as undo, torch.set_grad_enabled(bool(asked)), told(progress, "data") as tell:
         for s, m in pairs:
             if m.needs_data == "inputs":
                 undo.callback(s.host.register_forward_pre_hook(_shows_inputs(s, m), with_kwargs=True).remove)
@@ -109,8 +113,7 @@ def _pass(model: nn.Module, pairs, data: Iterable, loss: Callable | None, progre
                 del value
                 for p in probes:
                     p.flush()
-            if progress is not None:
-                progress(i + 1, total, "data")
+            tell(i + 1, total, "data")
 
 
 def _shows_inputs(site: Site, method: Method) -> Callable:

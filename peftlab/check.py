@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import random
 import re
 import tempfile
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .host import STASH, Site, bare, saved_tensors, stacks, walk
+from .host import STASH, Adapted, Site, bare, cuts_gradient, saved_tensors, stacks, walk
 from .report import acts, listed, repeated, report, tensors_of
 from .schedule import held, ran, torch_optimizer
 from .sites import ensure_module, join
@@ -307,7 +308,7 @@ class _Fence:
     def set_modes(self, own: bool) -> None:
         """The modules' own modes, or eval. Flags, not calls: a model's train() may do more than that."""
         for m, mode in self.modes:
-            m.training = own and mode
+            m.training = mode and (own or layers.is_opaque_linear(m))  # such a layer may change for good when it runs in eval mode
 
     def put_flags_back(self) -> None:
         for p, flag, _ in self.params:
@@ -466,14 +467,15 @@ def _reach(t: _Trial) -> None:
     """Every tensor of every adapter gets a gradient."""
     todo = {id(p): p for s in t.subjects for p in s.tensors.values()}
     odd: set[int] = set()
-    for seed in range(TRIES if t.fence.random_mode else 1):
-        for key, g in zip(list(todo), t.gradients(list(todo.values()), _loss, seed), strict=True):
-            if g is not None:
-                del todo[key]
-                if not torch.isfinite(g).all():
-                    odd.add(key)
-        if not todo:
-            break
+    with _cuts(t, list(todo.values())) as cut:
+        for seed in range(TRIES if t.fence.random_mode else 1):
+            for key, g in zip(list(todo), t.gradients(list(todo.values()), _loss, seed), strict=True):
+                if g is not None:
+                    del todo[key]
+                    if not torch.isfinite(g).all():
+                        odd.add(key)
+            if not todo:
+                break
     missed = []
     for s in t.subjects:
         absent = [k for k, p in s.tensors.items() if id(p) in todo]
@@ -482,12 +484,34 @@ def _reach(t: _Trial) -> None:
             missed.append((s, absent))
         if any(id(p) in odd for p in s.tensors.values()):
             s.row.note = "gradient is not finite"
+        wall = next((cut[id(p)] for p in s.tensors.values() if id(p) in cut), None)
+        if wall is not None:
+            s.row.fail("reached", f"{wall} has no backward: what lies below it gets a part of its gradient, or none. Adapt layers above it alone")
     if missed:
         reasons = _why_unreached(t, [s for s, _ in missed])
         for (s, absent), reason in zip(missed, reasons, strict=True):
             some = f"{listed(absent)} of its tensors: " if len(absent) < len(s.tensors) else ""
             s.row.fail("reached", some + reason)
     t.fence.put_flags_back()
+
+
+@contextlib.contextmanager
+def _cuts(t: _Trial, tensors: list[Tensor]) -> Iterator[dict[int, str]]:
+    """Is filled while the model runs: tensors, by id, and the frozen layer that cuts their gradient on one way to the loss, or on all."""
+    found: dict[int, str] = {}
+
+    def look(path: str, m: nn.Module, args: tuple, y: object) -> None:
+        if args and torch.is_grad_enabled() and cuts_gradient(args[0], y):
+            below = _refused(torch.autograd.grad, args[0].sum(), tensors, retain_graph=True, allow_unused=True) or [None] * len(tensors)
+            found.update({id(p): f"{path!r}, a {type(m).__name__}," for p, g in zip(tensors, below, strict=True) if g is not None})
+
+    packed = [(path, m) for path, m in walk(t.root) if layers.is_opaque_linear(m) and not isinstance(m, Adapted)]  # one with an adapter raises
+    handles = [m.register_forward_hook(functools.partial(look, path)) for path, m in packed]
+    try:
+        yield found
+    finally:
+        for h in handles:
+            h.remove()
 
 
 def _why_unreached(t: _Trial, missed: list[_Subject]) -> list[str]:
@@ -601,7 +625,7 @@ def _save(t: _Trial) -> None:
             else:
                 _compare(s, back.get(s.key), fail)
         for m in fresh.modules():
-            m.training = False
+            m.training = m.training and layers.is_opaque_linear(m)
         if all(r.saves for r in rows) and not t.agrees(t.run(fresh)):
             fail(rows, "every tensor comes back, but the reloaded model gives another output: something that acts is not saved")
     finally:

@@ -29,10 +29,10 @@ from . import __version__, layers
 from .calibrate import loss_of, run
 from .host import CHILD, SHARED, Shape, Site, as_kind, bare, changes_bias, fenced_rng, paused_gc, saved_tensors, stacks, trainable_parameters, walk
 from .io.file import encode
-from .io.native import _settings, _site_facts, fingerprint, surrounded
+from .io.native import _settings, _site_facts, compares, fingerprint, surrounded
 from .method import Method
 from .patterns import PatternError
-from .quant.codes import DECODE, TILE
+from .quant.codes import DECODE, TILE, WIDE
 from .registry import resolve
 from .report import acts
 from .sites import default_targets, ensure_module, identity, join
@@ -303,7 +303,7 @@ def _held(model: nn.Module) -> tuple[int, int]:
     """(entries of the base's parameters, bytes of everything the model holds), tied tensors once."""
     seen: dict[tuple, int] = {}
     for t in (*model.parameters(), *model.buffers()):
-        seen.setdefault(identity(t), t.numel() * t.element_size())
+        seen.setdefault(identity(t), sum(u.numel() * u.element_size() for u in layers.contents(t)))
     own = {identity(p): layers.outline(m, n).numel() for _, m in walk(model) for n, p in m._parameters.items() if p is not None}
     return sum(own.values()), sum(seen.values())
 
@@ -323,7 +323,7 @@ def _base_bytes(req: _Request, facts: _Facts, want: _Want) -> tuple[int, int]:
         size = W.numel() * W.element_size()
         saved += size - nf4_bytes(W.numel(), want.double_quant)
         decoded = 0 if W.dtype == torch.float32 else 4 * min(W.numel(), DECODE)  # before it is rounded
-        largest = max(largest, min(W.numel(), TILE) * W.element_size() + decoded)
+        largest = max(largest, min(W.numel(), WIDE if W.is_cuda else TILE) * W.element_size() + decoded)
     return saved, largest
 
 
@@ -357,7 +357,7 @@ class _Kind:
     @classmethod
     def of(cls, method: Method, site: Site) -> _Kind:
         """Fingerprints have the width of their shape, so those of meta tensors do."""
-        values = not (method.replaces or site.rule is layers.OPAQUE)
+        values = compares(site, method)
         changed = [p for p in (site.param, site.bias if changes_bias(site, method) else None) if p and site.host._parameters.get(p) is not None]
         prints = {p: fingerprint(_shaped(layers.outline(site.host, p), "meta"), values) for p in changed}
         for path, m, p in surrounded(site.host) if site.kind == "module" else ():

@@ -547,7 +547,7 @@ def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     """Run the host with these links; the last one is outermost."""
     if not links:
         y = type(host)._original.forward(host, *args, **kwargs)
-        if args and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _cut(args[0], y) and layers.is_opaque_linear(host):
+        if args and torch.is_grad_enabled() and not torch.compiler.is_compiling() and layers.is_opaque_linear(host) and cuts_gradient(args[0], y):
             raise RuntimeError(
                 f"a {original_class(host).__name__} has no backward: through its frozen call no gradient reaches what lies below. Adapt layers above it "
                 "alone, run what is below under torch.no_grad(), or use a layer whose call is differentiable."
@@ -566,11 +566,20 @@ def call(host: nn.Module, links: tuple, args: tuple, kwargs: dict):
     return method(Base(site, links[:-1], method.common), x)
 
 
-def _cut(x, y) -> bool:
-    """Whether an output lost the gradient that the input asks for."""
+def cuts_gradient(x, y) -> bool:
+    """Whether an output has no way back to the input, which asks for a gradient."""
     if not (isinstance(x, Tensor) and x.requires_grad and isinstance(y, Tensor) and y.is_floating_point()):
         return False
-    return not y.requires_grad or y.grad_fn.name().endswith("WarnNotImplemented")  # torch's own node for operators without a backward
+    goal, todo, seen = x.grad_fn, [y.grad_fn], set()  # a bias that trains makes the output ask for a gradient, too
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or node.name().endswith("WarnNotImplemented"):  # torch's own node for operators without a backward
+            continue
+        if node is goal or (goal is None and getattr(node, "variable", None) is x):
+            return False
+        seen.add(node)
+        todo += [n for n, _ in node.next_functions]
+    return True
 
 
 class Link:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 THICK = 64  # rows from which on a matrix is not thin (measured on CPU with ranks 8 to 256)
 
@@ -49,6 +50,33 @@ def outline(m: nn.Module, param: str) -> Tensor | None:
         return m._parameters.get(param)
     form = m.peftlab_formats[param]
     return torch.empty(form.shape[::-1] if m._packed_flip else form.shape, dtype=form.out, device="meta")
+
+
+def foreign(t: Tensor | None) -> bool:
+    """Whether a tensor is another library's wrapper around packed ones (torchao, quanto, torch's semi-structured sparsity).
+
+    It has the shape and dtype of a dense tensor, and a linear takes it, but most operations on it raise.
+    """
+    if t is None or type(t) in (Tensor, nn.Parameter):
+        return False
+    if type(t).__name__ == "DTensor":
+        return foreign(t._local_tensor)
+    return is_traceable_wrapper_subclass(t)
+
+
+def contents(t: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's values: itself, or what a foreign one wraps."""
+    return [u for name in t.__tensor_flatten__()[0] for u in contents(getattr(t, name))] if foreign(t) else [t]
+
+
+def unwrapped(t: Tensor) -> Tensor | None:
+    """A plain tensor of the same values; None where a foreign one does not give them."""
+    if not foreign(t):
+        return t
+    try:
+        return t.dequantize()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
 
 
 class Rule:
@@ -304,12 +332,12 @@ def _registered(cls: type) -> tuple[type, Rule] | None:
 
 
 def is_opaque_linear(m: nn.Module) -> bool:
-    """Has the features of a linear but no floating matrix of that shape: a packed, foreign quantised layer."""
+    """Has the features of a linear but no plain floating matrix of that shape: a packed, foreign quantised layer."""
     n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
     if not (isinstance(n_in, int) and isinstance(n_out, int)) or isinstance(m, nn.Bilinear):
         return False
     W = outline(m, "weight")
-    return W is None or not W.is_floating_point() or tuple(W.shape) != (n_out, n_in)
+    return W is None or not W.is_floating_point() or tuple(W.shape) != (n_out, n_in) or foreign(W)
 
 
 def rule_of(m: nn.Module) -> Rule | None:
@@ -321,10 +349,12 @@ def rule_of(m: nn.Module) -> Rule | None:
         return m._packed_rule
     if is_opaque_linear(m):
         return OPAQUE
+    W = outline(m, "weight")
+    if foreign(W):
+        return None  # neither a linear's call nor values that can be read
     found = _registered(type(m))
     if found and isinstance(m._parameters.get("weight"), Tensor):
         return found[1]
-    W = outline(m, "weight")
     n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
     if W is not None and n_in is not None and tuple(W.shape) == (n_out, n_in):
         return LINEAR  # a linear that is not nn.Linear; its own forward is unknown, so it is read

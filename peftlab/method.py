@@ -29,12 +29,13 @@ class Method(nn.Module):
 
     on: ClassVar[str] = "matrix"  # "matrix": (n_out, n_in) and bias | "tensor": one raw parameter | "module": a call
     place: ClassVar[str | None] = None  # structural name of where the method sits by default; None: the rule for its `on`
+    elsewhere: ClassVar[str] = ""  # what targets= may say where the default finds no place, with the reason
     additive: ClassVar[bool] = False  # weight(W) - W does not depend on W, so the order of stacking does not matter
     opaque: bool = False  # the fast path never asks for base.weight
-    neutral: ClassVar[bool] = True  # the start is the base itself; not so for virtual tokens, which take attention from the first step
+    neutral: bool = True  # the start is the base itself; not so for virtual tokens, or where it makes up for what codes lose of a weight
     replaces: ClassVar[bool] = False  # holds a trained copy: the frozen value does not matter
     fast: ClassVar[tuple[str, ...]] = ()  # tensors that LoRA+ gives the larger learning rate
-    needs_data: str | None = None  # "inputs" or "gradients": the start is computed from batches
+    needs_data: str | None = None  # "inputs" or "gradients": the start is computed from batches; "codes": while the weight is quantised
     seen: object = None  # what `observe` has kept of them
     in_place: bool = False  # trains the base tensor itself
     scheduled: bool = False  # set by `schedule`

@@ -54,6 +54,12 @@ def _doc(name: str) -> str:
     raise FileNotFoundError(name)
 
 
+def _rates(name: str, section: str) -> dict[str, float]:
+    """Learning rates by name: the method's own comes first, then those of aliases that need another (`1e-3; alias = 1e-2`)."""
+    parts = [part.rpartition("=") for part in section.split(";") if part.strip()]
+    return {alias.strip() or name: float(value) for alias, _, value in parts}
+
+
 @functools.cache
 def entries() -> dict[str, Entry]:
     """Every name that `wrap` understands, aliases included."""
@@ -62,13 +68,13 @@ def entries() -> dict[str, Entry]:
         doc = _doc(name)
         sec = _sections(doc)
         common = dict(family=sec.get("Family", ""), paper=sec.get("Paper", ""), trains=sec.get("Trains", ""), structure=sec.get("Structure", ""))
-        common["rate"] = float(sec["Rate"]) if "Rate" in sec else None
-        found[name] = Entry(name, name, doc.split("\n")[0], **common)
+        rates = _rates(name, sec.get("Rate", ""))
+        found[name] = Entry(name, name, doc.split("\n")[0], **common, rate=rates.get(name))
         for part in filter(None, (p.strip() for p in sec.get("Aliases", "").split(";"))):
             alias, call = (s.strip() for s in part.rstrip(".").split("=", 1))
             hyper = {k.arg: ast.literal_eval(k.value) for k in ast.parse(call, mode="eval").body.keywords}
             settings = ", ".join(f"{k}={v!r}" for k, v in hyper.items())
-            found[alias] = Entry(alias, name, f"{name} with {settings}", **common, hyper=hyper)
+            found[alias] = Entry(alias, name, f"{name} with {settings}", **common, rate=rates.get(alias, rates.get(name)), hyper=hyper)
     return found
 
 

@@ -124,7 +124,7 @@ def _tensors(m: nn.Module, paths: list[str], read_only: bool) -> Iterable[Site]:
     read_only = read_only or not runs_whole(m)
     for name in m._parameters:
         p = layers.outline(m, name)
-        if p is not None and p.is_floating_point():
+        if p is not None and p.is_floating_point() and not layers.foreign(p):
             own = tuple(join(path, name) for path in paths)
             yield Site(m, own[0], name, "tensor", name, names=own + ancestors, shape=tuple(p.shape), read_only=read_only)
 
@@ -173,7 +173,7 @@ def _matrices(m: nn.Module, paths: list[str], split: Mapping, layout: Mapping, r
             yield _raw(m, join(paths[0], name), name, bias, names)
     for name in m._parameters:
         p = layers.outline(m, name)
-        if p is None or name in covered or p.ndim < 2 or not p.is_floating_point():
+        if p is None or name in covered or p.ndim < 2 or not p.is_floating_point() or layers.foreign(p):
             continue
         yield from _raw_parameter(m, paths, name, p, layout, used)
 
@@ -353,7 +353,7 @@ def select_from(model: Model, cls: type[Method], label: str, there: list[Site], 
         found = [s for s in default_targets(model, there, cls) if cls.fits(s)]
         if not found:
             raise PatternError(
-                f"{label} finds nothing to sit at by default in this {type(model.root).__name__}; say targets=..."
+                f"{label} finds nothing to sit at by default in this {type(model.root).__name__}; say targets={cls.elsewhere or '...'}"
                 + _alternatives(model, list(model.modules.values()))
             )
         counts["(default)"] = len(found)

@@ -209,8 +209,9 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
     """
 
     def choose(todo: list) -> list:
-        hosts = [(path, host, {site.param for n in new for site, m in s.sites[n] if m.has_weight()}) for path, host, s, new in todo]
-        if onto is None and not any(isinstance(host, layers.Quantised) for _, host, _ in hosts):
+        acting = [(path, host, [(site, m) for n in new for site, m in s.sites[n] if m.has_weight()]) for path, host, s, new in todo]
+        hosts = [(path, host, {site.param for site, _ in pairs}, all(m.neutral for _, m in pairs)) for path, host, pairs in acting]
+        if onto is None and not any(isinstance(host, layers.Quantised) for _, host, _, _ in hosts):
             return [None] * len(todo)
         from .quant.merging import choose  # most models have no quantised layers
 
@@ -615,7 +616,16 @@ def view(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     for _, m in walk(root):
         # Tensor objects of its own on the same storage, so that merging and freezing the one leaves the other alone.
-        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in m._parameters.values() if p is not None}
+        memo |= {id(p): _twin(p) for p in m._parameters.values() if p is not None}
         if isinstance(m, layers.Quantised):  # with its codes it shares their scales
             memo |= {id(b): b.detach() for n, b in m._buffers.items() if b is not None and n in m._non_persistent_buffers_set}
     return copy.deepcopy(root, memo)
+
+
+def _twin(p: nn.Parameter) -> nn.Parameter:
+    """Another parameter on the same storage; a foreign kind keeps its class and what it carries (bitsandbytes' scales)."""
+    if type(p) is nn.Parameter or not issubclass(type(p), nn.Parameter):
+        return nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+    twin = torch.Tensor._make_subclass(type(p), p.detach(), p.requires_grad)
+    twin.__dict__.update(p.__dict__)
+    return twin

@@ -192,6 +192,8 @@ def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args:
     seen = _cached(named)
     if prompt.n == 0:
         return base(**named)
+    if isinstance(named.get(inputs.mask), Mapping):
+        raise ValueError(f"{inputs.mask} comes as several masks, which cannot be lengthened by {prompt.n} virtual tokens: give one entry a token{_STATIC}")
     if prompt.lengths is not None:
         named = _said(inputs, prompt, named, x, seen)
     if seen:
@@ -257,8 +259,15 @@ def _lengthened(inputs: Inputs, prompt: Prompt, slots: Slots, named: dict, x: Te
                 fill = prompt.there.logical_not() if "padding" in name else prompt.there
             out[name] = slots.put(t.expand(B, -1), fill)
         elif role or (t.ndim >= 2 and tuple(t.shape[:2]) == (B, L)):
-            raise ValueError(f"{name} of shape {tuple(t.shape)} cannot be lengthened by {prompt.n} virtual tokens: give one entry a token, ({B}, {L}), or none")
+            raise ValueError(_unfit(name, t, prompt.n) + f", ({B}, {L}), or none{_STATIC if t.ndim == 4 else ''}")
     return out
+
+
+def _unfit(name: str, t: Tensor, n: int) -> str:
+    return f"{name} of shape {tuple(t.shape)} cannot be lengthened by {n} virtual tokens: give one entry a token"
+
+
+_STATIC = '. Such masks are made for a static cache: take the dynamic one, generate(..., cache_implementation="dynamic")'
 
 
 def _said(inputs: Inputs, prompt: Prompt, named: dict, x: Tensor, seen) -> dict:
@@ -284,7 +293,7 @@ def _after(prompt: Prompt, named: dict, seen: int, L: int) -> dict:
             out[name] = t + lengths
         elif isinstance(t, Tensor) and _role(name) == "mask":
             if t.ndim != 2:
-                raise ValueError(f"{name} of shape {tuple(t.shape)} cannot be lengthened by {prompt.n} virtual tokens: give one entry a token")
+                raise ValueError(_unfit(name, t, prompt.n) + (_STATIC if t.ndim == 4 else ""))
             if isinstance(seen, int) and t.shape[1] + prompt.n != seen + L:
                 raise ValueError(
                     f"{name} has {t.shape[1]} entries for {L} new tokens and a cache of {seen}, {prompt.n} of them virtual: the cache was filled without "
@@ -363,12 +372,16 @@ class Surround:
 
     def look(self, ids: Tensor) -> Tensor:
         """What the frozen table gives for ids."""
-        return original_class(self.table).forward(self.table, ids.to(self.table.weight.device)).detach()
+        return original_class(self.table).forward(self.table, ids.to(next(self.table.parameters()).device)).detach()
+
+    def nothing(self) -> Tensor:
+        """(0, d), in what the table gives."""
+        return self.look(torch.zeros(0, dtype=torch.long))
 
     def __call__(self, base: Base, P: Tensor | None, args: tuple, kwargs: dict):
         if not self.holds:
             return looked_up(base(*args, **kwargs))
-        P = self.table.weight.new_zeros(0, self.table.embedding_dim) if P is None else P
+        P = self.nothing() if P is None else P
         return inserted(base, self.inputs, self.table, Prompt(P, self.at, self.causal, self.keep), args, kwargs)
 
     @staticmethod
@@ -398,6 +411,6 @@ class Surround:
 
     def with_rows(self, base: Base, parts: list, B: int, named: dict, padded: bool = False):
         """One run whose rows have prompts of their own; padded: of different lengths."""
-        P, there = together([self.look(torch.zeros(0, dtype=torch.long)) if P is None else P for _, P, _ in parts], [r for *_, r in parts], B)
+        P, there = together([self.nothing() if P is None else P for _, P, _ in parts], [r for *_, r in parts], B)
         prompt = Prompt(P, self.at, self.causal, self.keep, there.sum(1) if padded else None)
         return inserted(base, self.inputs, self.table, prompt, (), named)

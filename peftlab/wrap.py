@@ -15,9 +15,10 @@ from . import host as hosts
 from .calibrate import KEEP_BUFFERS, calibrate, observable
 from .containers import CONTAINERS
 from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
-from .layers import NeedsWeight, holds_codes, is_opaque_linear, outline
+from .layers import NeedsWeight, contents, holds_codes, is_opaque_linear, outline
 from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, show
+from .progress import Progress, check_progress, told
 from .registry import check_keywords, keywords, resolve
 from .sites import Model, beside, ensure_module, join, resolve_ties, select, settings, under
 from .table import table
@@ -77,8 +78,8 @@ def _positions(numel: int) -> Tensor:
 
 
 def samples(t: Tensor) -> Tensor:
-    """Evenly spread entries of a tensor, (<= SAMPLES,)."""
-    t = t.detach()
+    """Evenly spread entries of a tensor, (<= SAMPLES,); of a foreign one, of the first tensor that it wraps."""
+    t = contents(t.detach())[0]
     flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
     return flat[_positions(flat.shape[0]).to(t.device)]
 
@@ -332,7 +333,7 @@ def _count(method: Method, site: Site, dtype: torch.dtype) -> tuple[int, int]:
 def wrap(
     model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
     overrides: Mapping | None = None, data: Iterable | None = None, loss: Callable | None = None, seed: int = 0, dtype: torch.dtype | None = None,
-    tie: str | None = None, split: Mapping | None = None, layout: Mapping | None = None, read=None, progress: Callable | None = None, **hyper,
+    tie: str | None = None, split: Mapping | None = None, layout: Mapping | None = None, read=None, progress: Progress = None, **hyper,
 ) -> nn.Module:  # fmt: skip
     """Attach a method to the places of `model` that the patterns mean, freeze everything else, and return the same model.
 
@@ -351,8 +352,9 @@ def wrap(
         split: pattern -> {part: rows} names row blocks of fused projections, which targets can then mean.
         layout: pattern -> "oi" | "io" | "eoi" | "eio" states the orientation of raw 2-D and 3-D parameters.
         read: patterns of layers whose weight is read without their being called.
-        progress: called as progress(done, total, path) after each site's start, for starts that take long; and as
-            progress(batches, of how many or None, "data") after each batch, before the starts that are computed from data.
+        progress: True for bars (drawn by tqdm), or a function that is called as progress(done, total, path) after each site's start, for
+            starts that take long; and as progress(batches, of how many or None, "data") after each batch, before the starts that are
+            computed from data.
         **hyper: the method's own options.
 
     Raises:
@@ -362,12 +364,13 @@ def wrap(
                    tie=tie, split=split, layout=layout, read=read, hyper=hyper)  # fmt: skip
     if loss is not None and not callable(loss):
         raise TypeError(f"loss={loss!r}: a function of (model, batch)")
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress={progress!r}: a function of (done, total, path)")
+    check_progress(progress)
     if data is not None and not isinstance(data, Iterable):
         raise TypeError(f"data={data!r}: an iterable of batches")
     with fenced_rng():
         methods = build(req, progress)
+        if any(m.needs_data == "codes" for m in methods):
+            raise ValueError(f"this start of {req.label} is found while the base is quantised: peftlab.wrap_quantized(model, kind, init=...) does both")
         if any(m.needs_data for m in methods):
             if data is None:
                 raise ValueError(f"{req.label} computes its start from data: give data=, an iterable of batches")
@@ -376,27 +379,31 @@ def wrap(
     return model
 
 
-def build(req: _Request, progress: Callable | None = None) -> list[Method]:
+def build(req: _Request, progress: Progress = None) -> list[Method]:
     """The methods of a request with their start values; the model is not touched."""
     out = []
     recipes = list(req.recipes("meta" if all(s.device.type == "meta" for s in req.sites) else "cpu"))
-    for site, recipe in zip(req.sites, recipes, strict=True):
-        stack = site.host._modules.get(CHILD)
-        meta = site.device.type == "meta"
-        try:
-            method = recipe.build(site, stack.links.weights if stack else (), "meta" if meta else "cpu")
-        except NeedsWeight as e:
-            raise ValueError(f"{req.label} needs the weight's values at {site.path!r}: {e}") from None
-        check_method(method, site, req.label)
-        if stack is not None and site.rule.name != "opaque" and any(s.rule.name == "opaque" for ps in stack.sites.values() for s, _ in ps):
-            raise ValueError(f"{site.path!r} only offers a call, which an adapter there surrounds: {req.label} would have to be read")
-        if stack is not None and site.rule.name == "opaque" and stack.read:
-            raise ValueError(f"{site.path!r} only offers a call, and an adapter there is read: {req.label} cannot surround it")
-        finish(method, site, req.default_dtype(site))
-        out.append(method)
-        if progress is not None:
-            progress(len(out), len(req.sites), site.path)
+    with told(progress, req.label) as tell:
+        for site, recipe in zip(req.sites, recipes, strict=True):
+            out.append(_built(req, site, recipe))
+            tell(len(out), len(req.sites), site.path)
     return out
+
+
+def _built(req: _Request, site: Site, recipe: Recipe) -> Method:
+    """The method of one site."""
+    stack = site.host._modules.get(CHILD)
+    try:
+        method = recipe.build(site, stack.links.weights if stack else (), "meta" if site.device.type == "meta" else "cpu")
+    except NeedsWeight as e:
+        raise ValueError(f"{req.label} needs the weight's values at {site.path!r}: {e}") from None
+    check_method(method, site, req.label)
+    if stack is not None and site.rule.name != "opaque" and any(s.rule.name == "opaque" for ps in stack.sites.values() for s, _ in ps):
+        raise ValueError(f"{site.path!r} only offers a call, which an adapter there surrounds: {req.label} would have to be read")
+    if stack is not None and site.rule.name == "opaque" and stack.read:
+        raise ValueError(f"{site.path!r} only offers a call, and an adapter there is read: {req.label} cannot surround it")
+    finish(method, site, req.default_dtype(site))
+    return method
 
 
 def check_method(method: Method, site: Site, label: str) -> None:
@@ -404,6 +411,8 @@ def check_method(method: Method, site: Site, label: str) -> None:
     layer = hosts.original_class(site.host).__name__
     if site.rule.name == "opaque" and not method.opaque:
         raise ValueError(f"{label} needs the weight of {site.path!r}, a {layer} that only offers a call")
+    if site.rule.name == "opaque" and site.read_only:
+        raise ValueError(f"{site.path!r} is a {layer} that only offers a call, and the module that holds it reads its weight instead: exclude it")
     if method.in_place and holds_codes(site.host, site.param):
         raise ValueError(f"{label} would train {site.path!r} in place, whose weight is quantised: codes cannot be trained")
     if method.needs_data == "inputs" and not observable(site):

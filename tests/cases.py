@@ -387,6 +387,7 @@ ROWS = {
     "prefix_tuning": row(ATTENDS, n=2, dim=3),
     "prompt_tuning": row(frozenset({"lm"}), n=2),
     "pissa": row(MATRICES - {"opaque"}, r=2),
+    "qalora": row(MATRICES - TABLES - {"conv2d_depthwise"}, r=1, group_size=2),
     "sparse": row(WHOLE, n=2),
     "tokens": row(TABLES | {"lm"}, ids=[1, 3]),
     "xlora": row(frozenset({"lm", "transformer"}), experts=2, r=2),

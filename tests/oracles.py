@@ -72,6 +72,16 @@ def lora(W, b, t, hyper, common=None) -> Result:
     return W2, (b + t["d"] if "d" in t else b)
 
 
+@oracle("qalora")
+def qalora(W, b, t, hyper, common=None) -> Result:
+    """Xu et al. 2023 (2309.14717), algorithm 1: A sees AvgPool(x) * (D_in // L), that is the sum of each of the L groups."""
+    g = W.shape[1] // t["A"].shape[1]
+    pool = torch.zeros(W.shape[1] // g, W.shape[1], dtype=W.dtype)
+    for i in range(W.shape[1]):
+        pool[i // g, i] = 1
+    return W + lora_scale(hyper) * outer_sum(t["B"], t["A"]) @ pool, b
+
+
 @oracle("dora")
 def dora(W, b, t, hyper, common=None) -> Result:
     """Liu et al. 2024 (2402.09353) eq. 5; the norm is a constant for the gradient (section 4.3). One norm an output unit."""
@@ -441,7 +451,7 @@ def prefix_tuning(q, k, v, mask, K, V, scale=None):
 
 @called("llama_adapter")
 def llama_adapter(q, k, v, mask, K, V, g, scale=None):
-    """Zhang et al. 2023, eq. 6-7: the two softmaxes are taken apart, the prompt's is multiplied by the gate."""
+    """Zhang et al. 2023 (LLaMA-Adapter): the two softmaxes are taken apart, the prompt's is multiplied by the gate."""
     B, H, L, _ = q.shape
     seen = torch.ones(B, H, L, K.shape[0], dtype=torch.bool)
     prompt = attention_by_hand(q, by_head(K, k.shape[1], B), by_head(V, k.shape[1], B), seen, scale)
@@ -462,7 +472,7 @@ def prompt_tuning(tokens: list[Tensor], P: Tensor, at: list[int]) -> tuple[Tenso
 
 @called("p_tuning")
 def p_tuning(E: Tensor, t: Tensors, layers: int) -> Tensor:
-    """Liu et al. 2021, eq. 1 and the MLP beside it: t holds torch's names of an LSTM (lstm.*) and of the head's linears (head.0, head.2, ...)."""
+    """Liu et al. 2021 (P-tuning), the LSTM and the MLP: t holds torch's names of an LSTM (lstm.*) and of the head's linears (head.0, head.2, ...)."""
     rows = list(E)
     for i in range(layers if any(k.startswith("lstm") for k in t) else 0):
         both = [lstm(rows, t, f"l{i}"), lstm(rows[::-1], t, f"l{i}_reverse")[::-1]]
@@ -489,7 +499,7 @@ def lstm(rows: list[Tensor], t: Tensors, layer: str) -> list[Tensor]:
 
 @called("vpt")
 def vpt(blocks: list[Callable], x: Tensor, P: list[Tensor], at: int) -> Tensor:
-    """Jia et al. 2022, eq. 3-6: deep with one P a block, whose outputs are dropped; shallow with one P in all. x (B, T, d)."""
+    """Jia et al. 2022 (VPT): deep with one P a block, whose outputs are dropped; shallow with one P in all. x (B, T, d)."""
     n = P[0].shape[0]
     for i, block in enumerate(blocks):
         if i < len(P):

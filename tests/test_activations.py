@@ -249,8 +249,37 @@ def test_places_in_hand_written_and_torch_models():
     assert [view.path(m) for m in PLACES[":feedforward-norms"](view)] == ["layers.0.norm2", "layers.1.norm2"]
     view = Model.of(encoder(norm_first=True))
     assert [view.path(m) for m in PLACES[":feedforward-norms"](view)] == ["layers.0", "layers.1"]
-    with pytest.raises(peftlab.PatternError, match="targets"):
-        peftlab.wrap(encoder(), "parallel")  # its layers lie in the block: no module is called with the input of the feed-forward part
+
+
+def test_parallel_without_a_module_for_its_input_says_what_to_write():
+    """Where the layers of the feed-forward part lie in the block itself, as in torch's encoder, nothing is called with their input alone."""
+    for verb in (peftlab.plan, peftlab.wrap):
+        with pytest.raises(peftlab.PatternError, match='say targets=":blocks", beside whole blocks, or ":linears", beside every linear'):
+            verb(encoder(), "parallel")
+    x = torch.randn(2, 5, 8)
+    for targets, n in ((":blocks", 2), (":linears", 4)):
+        model = encoder()
+        wanted = model(x)
+        peftlab.wrap(model, "parallel", targets=targets, dim=4)
+        assert len(peftlab.report(model)) == n
+        torch.testing.assert_close(model(x), wanted, **NEAR)
+        assert not torch.allclose(perturb(model)(x), wanted)
+        assert peftlab.check(model, x).ok
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "bert", "bert_model", "roberta", "t5", "vit"])
+def test_parallel_sits_beside_every_feed_forward_part(name):
+    """One a block, called with the part's input and of its widths, in every configuration."""
+    model = tiny.hf(name)
+    there = [model.get_submodule(r.path) for r in peftlab.plan(model, "parallel", dim=4).rows]
+    blocks = Model.of(model)
+    assert len(there) == len(PLACES[":blocks"](blocks)) == (4 if name == "t5" else 2)
+    expansions = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 64 or type(m).__name__ == "Conv1D" and m.nf == 128]
+    if "bert" in name:  # the module that also adds and normalises
+        assert all("dense" in m._modules and "LayerNorm" in m._modules for m in there)
+        assert all(m.dense.in_features == 64 for m in there)
+    else:
+        assert {id(c) for m in there for c in m.children()} >= {id(m) for m in expansions}
 
 
 def test_experts_are_one_part():
@@ -688,40 +717,6 @@ def test_training_reaches_the_stated_loss(name):
     assert train((name, more), ("linear_probe", {})) < 0.05
     if name == "houlsby":
         assert train(("linear_probe", {})) > 0.5
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("name", EDITS)
-def test_transformers_own_checkpointing(kind, name, reentrant):
-    model = perturb(peftlab.wrap(make(kind), name, **EDITS[name])).train()
-    for m in model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-
-    def grads():
-        model.zero_grad()
-        run(kind, model).square().sum().backward()
-        return {k: p.grad.clone() for k, p in own(model).items()}
-
-    wanted = grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    found = grads()
-    assert found.keys() == wanted.keys()
-    for k, g in found.items():
-        torch.testing.assert_close(g, wanted[k], **NEAR)
-
-
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("name", EDITS)
-def test_compiled_without_breaks(kind, name):
-    model = perturb(peftlab.wrap(make(kind), name, **EDITS[name]))
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda ids: run(kind, model, ids), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(tokens()), run(kind, model), **NEAR)
-    compiled(tokens()).square().sum().backward()
-    assert all(p.grad is not None for p in own(model).values())
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import peftlab
+from peftlab import registry
 from peftlab.io import read_header
 from peftlab.io.file import read
 from peftlab.io.stream import merge_files
@@ -483,6 +484,18 @@ def test_set_values():
     assert work.parse_set(["r=4", "alpha=8.5", "rank_stabilized=true", "init=pissa"], "lora") == {
         "r": 4, "alpha": 8.5, "rank_stabilized": True, "init": "pissa",
     }  # fmt: skip
+
+
+def test_learning_rates_are_those_of_the_method_files():
+    """A method's own, that of an alias which needs another, and the usual one where the file recommends none."""
+    assert registry._rates("m", "") == {}
+    assert registry._rates("m", "1e-3") == {"m": 1e-3}
+    assert registry._rates("m", "1e-3; n = 2e-2; o = 5e-4") == {"m": 1e-3, "n": 2e-2, "o": 5e-4}
+    known = registry.entries()
+    assert work.rate("lora") == known["lora"].rate == known["pissa"].rate
+    assert work.rate("p_tuning_v2") == known["p_tuning_v2"].rate != known["prefix_tuning"].rate
+    assert known["vera"].rate is None
+    assert work.rate("vera") == work.RATE
 
 
 def test_split_is_disjoint_and_seeded():

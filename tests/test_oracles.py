@@ -75,6 +75,7 @@ ROWS: dict[str, tuple[str, dict]] = {
     "pissa": ("pissa", dict(r=2, alpha=3)),
     "pissa-stabilized": ("lora", dict(r=3, alpha=5, init="pissa_exact", rank_stabilized=True)),
     "olora": ("olora", dict(r=2, alpha=3, bias=False)),
+    "qalora": ("qalora", dict(r=3, alpha=5, group_size=2)),
     "oft": ("oft", dict(block_size=2)),
     "oft-blocks": ("oft", dict(blocks=2)),
     "sparse": ("sparse", dict(n=4)),
@@ -90,6 +91,7 @@ NO_BIAS = {"linear-nobias", "conv2d-circular", "conv_transpose2d-groups"} | EMBE
 REFUSED = {
     "bitfit": NO_BIAS,
     "lora-bias": NO_BIAS,
+    "qalora": EMBEDDINGS,
     "oft": EMBEDDINGS,
     "oft-blocks": EMBEDDINGS,
     "tokens": LAYERS.keys() - EMBEDDINGS,

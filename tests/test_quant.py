@@ -155,6 +155,13 @@ def test_any_stretch_decodes_alike(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_memory_and_memory_that_is_there_decode_alike(kind, dtype):
+    p = C.quantise(randn(1500, 1500).to(dtype), kind, None, kind != "int8")  # large enough to ask for huge pages
+    assert torch.equal(C.dequantise(p), C.dequantise(p, torch.full((1500, 1500), 9.0, dtype=dtype)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_is_refused_and_nothing_changed(kind, bad):
     model = mlp()
@@ -349,7 +356,8 @@ def test_experts_are_decoded_once_a_call(monkeypatch):
     monkeypatch.setattr("peftlab.quant.codes.decode", lambda *a: calls.append(1) or original(*a))
     y = model(x)
     assert len(calls) == 1
-    assert torch.equal(y, torch.bmm(x, model.layer.up))
+    W = model.layer.up
+    assert torch.equal(y, torch.stack([t @ W[e] for e, t in enumerate(x)]))
 
 
 def test_weights_that_a_parent_reads_are_seen_decoded():

@@ -16,8 +16,10 @@ import pytest
 import torch
 from oracles import ORACLES, fill, own
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import peftlab
+from peftlab import layers
 
 peft = pytest.importorskip("peft")
 transformers_conv = pytest.importorskip("transformers.pytorch_utils")
@@ -623,3 +625,99 @@ def test_pissa_start():
             t += change
             u.copy_(t)
     torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- starts that are found with the codes, and groups
+
+
+class OnCPU(TorchFunctionMode):
+    """HF's LoftQ sends every weight to "cuda" by name; here it stays."""
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        stay = lambda v: "cpu" if isinstance(v, str) and v == "cuda" else v
+        return f(*map(stay, args), **{k: stay(v) for k, v in (kwargs or {}).items()})
+
+
+def hf_loftq(layer, alpha, iters=1):
+    """HF's layer after LoftQ with r = 4: it holds Q dense."""
+    config = peft.LoftQConfig(loftq_bits=4, loftq_iter=iters)
+    lora = peft.LoraConfig(target_modules=["layer"], r=4, lora_alpha=alpha, init_lora_weights="loftq", loftq_config=config)
+    with OnCPU():
+        other = peft.get_peft_model(Holder(copy.deepcopy(layer)), lora)
+    return other, other.base_model.model.layer
+
+
+def ours_loftq(layer, alpha, iters=1):
+    model = Holder(copy.deepcopy(layer))
+    return peftlab.wrap_quantized(model, "nf4", targets="layer", r=4, alpha=alpha, iters=iters, double_quant=False)
+
+
+def test_loftq_start():
+    """Where alpha = r, the same codes to the bit and the same product as HF's."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 40), torch.randn(3, 64)
+    other, theirs = hf_loftq(layer, alpha=4)
+    model = ours_loftq(layer, alpha=4.0)
+    found = own(model.layer)
+    assert torch.equal(layers.values(model.layer, "weight"), theirs.base_layer.weight)
+    torch.testing.assert_close(found["B"] @ found["A"], theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
+    for iters in (2, 5):
+        other, theirs = hf_loftq(layer, alpha=4, iters=iters)
+        left = (layer.weight - theirs.base_layer.weight - theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight).norm().item()
+        assert ours_loftq(layer, alpha=4.0, iters=iters).layer.peftlab.default.start_error <= 1.01 * left
+
+
+def test_loftq_scale():
+    """HF does not divide by s = alpha / r: with alpha = 4 r its start is farther from the weight than no start at all. Ours is the same whatever alpha."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 40)
+    _, theirs = hf_loftq(layer, alpha=16)
+    W, Q = layer.weight, theirs.base_layer.weight
+    product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+    assert theirs.scaling["default"] == 4
+    plain, right, wrong = ((W - Q - k * product).norm().item() for k in (0, 1, theirs.scaling["default"]))
+    assert right < 0.9 * plain < plain < wrong
+    mine = ours_loftq(layer, alpha=16.0).layer
+    assert torch.equal(layers.values(mine, "weight"), Q)
+    assert mine.peftlab.default.start_error == pytest.approx(right, rel=1e-4)
+
+
+def test_loftq_embedding():
+    """HF's embedding misses an argument; ours starts near the table."""
+    torch.manual_seed(0)
+    layer, ids = nn.Embedding(30, 24), torch.arange(30)
+    with pytest.raises(TypeError):
+        hf_loftq(layer, alpha=4)
+    model = ours_loftq(layer, alpha=4.0, iters=5)
+    with peftlab.disabled(model):
+        far = (model(ids) - layer(ids)).norm()
+    assert (model(ids) - layer(ids)).norm() < 0.9 * far
+
+
+def test_qalora_groups():
+    """HF multiplies the mean of a group by the number of groups, n_in / g, where the paper's D_in // L is g: its change is n_in / g^2 times the paper's."""
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 10).double(), torch.randn(2, 5, 24, dtype=torch.float64)
+    config = peft.LoraConfig(target_modules=["layer"], r=3, lora_alpha=5, qalora_group_size=4)
+    _, theirs = hf(layer, config)
+    QALoraLinearVariant.init(theirs, "default", config)  # HF takes it for GPTQ layers alone
+    tensors = {"A": theirs.lora_A["default"].weight, "B": theirs.lora_B["default"].weight}
+    assert tensors["A"].shape == (3, 6)
+    perturb(tensors)
+    y, grads = measured(lambda z: QALoraLinearVariant.forward(theirs, "default", z, theirs.base_layer(z)), x, tensors)
+    factor, hyper = 24 / 4**2, dict(r=3, alpha=5, group_size=4)
+    leaves = {"A": (tensors["A"].detach() * factor).requires_grad_(), "B": tensors["B"].detach().clone().requires_grad_()}
+    want = y, grads | {"A": grads["A"] / factor}
+    assert_same(measured(oracles.adapted(layer, "qalora", leaves, hyper), x, leaves), want)
+    model = wrapped(layer, "qalora", **hyper)
+    fill(model.layer, {k: t.detach() for k, t in leaves.items()})
+    assert_same(measured(model, x, own(model.layer)), want)
+    with pytest.raises(NotImplementedError):
+        QALoraLinearVariant.merge_unsafe(theirs, "default", theirs.base_layer.weight)
+    fill(model.layer, {k: t.detach() for k, t in tensors.items()})
+    assert (model(x) - y).abs().max() > 0.1, "the same tensors mean another change there"

@@ -97,6 +97,19 @@ def test_full_rank_is_reached(n_out, n_in, seed, r):
 
 
 @few
+@given(layer=layers(("linear", "conv", "conv_transpose")), r=ranks, seed=seeds, data=st.data())
+def test_qalora_groups(layer, r, seed, data):
+    """The change is one number along each group of inputs, and its rank is bounded."""
+    n_out, n_in = canonical(layer[0]).shape
+    g = data.draw(st.sampled_from([k for k in range(1, n_in + 1) if n_in % k == 0]))
+    r = min(r, n_out, n_in // g)
+    W, W2, _ = before_and_after(layer[0], "qalora", seed, r=r, group_size=g)
+    change = (W2 - W).unflatten(1, (-1, g))
+    torch.testing.assert_close(change, change[..., :1].expand_as(change), rtol=0, atol=1e-9 * change.abs().max().item())
+    assert 0 < rank(W2 - W, W.dtype) <= r
+
+
+@few
 @given(layer=layers(), r=ranks, seed=seeds, dtype=wide)
 def test_dora_rows_and_rank(layer, r, seed, dtype):
     r = min(r, *canonical(layer[0]).shape)
@@ -300,7 +313,7 @@ def test_bitfit_touches_no_matrix(layer, seed, dtype):
 
 STARTS = {
     "adalora": dict(init_r=2, r=1), "bitfit": {}, "dora": dict(r=2), "fourierft": dict(n=3), "full": {}, "ia3": {}, "l1": {}, "lokr": dict(r=1),
-    "lora": dict(r=2), "oft": dict(blocks=1), "sparse": dict(n=2), "tokens": dict(ids=[1]), "vera": dict(r=2),
+    "lora": dict(r=2), "oft": dict(blocks=1), "qalora": dict(r=1), "sparse": dict(n=2), "tokens": dict(ids=[1]), "vera": dict(r=2),
     "rslora": dict(r=2), "pissa": dict(r=2), "olora": dict(r=2),
     "houlsby": dict(dim=2), "pfeiffer": dict(dim=2), "parallel": dict(dim=2), "loreft": dict(r=1), "mola": dict(r=1),
 }  # fmt: skip

@@ -63,11 +63,17 @@ class LoadReport:
 def fingerprint(t: Tensor, values: bool = True) -> dict:
     """Shape, dtype and evenly spread values (their bytes in base64) of a base tensor; zeros for a tensor on meta."""
     out = {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-    if values and t.numel():
-        found = samples(_whole(t.detach()))
+    plain = layers.unwrapped(_whole(t.detach())) if values and t.numel() else None
+    if plain is not None:
+        found = samples(plain)
         found = torch.zeros(found.shape, dtype=t.dtype) if found.is_meta else found.cpu().contiguous()
         out["values"] = base64.b64encode(found.view(torch.uint8).numpy().tobytes()).decode()
     return out
+
+
+def compares(site: Site, method: Method) -> bool:
+    """Whether the frozen values below a method are part of what its file fits: not what it replaces, nor what nobody can read."""
+    return not (method.replaces or (site.rule is layers.OPAQUE and not layers.foreign(site.raw_tensor)))
 
 
 def _values(saved: dict) -> list[float]:
@@ -79,11 +85,12 @@ def _differs(path: str, saved: dict, t: Tensor) -> str | None:
     """How a base tensor differs from the one an adapter was trained on, or None."""
     if list(t.shape) != saved["shape"]:
         return f"{path!r} has shape {tuple(t.shape)}, the adapter's base had {tuple(saved['shape'])}"
-    if "values" not in saved or t.is_meta:
+    there = {} if "values" not in saved or t.is_meta else fingerprint(t)
+    if "values" not in there:
         return None
     kinds = {saved["dtype"], str(t.dtype).removeprefix("torch.")}
     rel = 0.0 if len(kinds) == 1 else 2**-7 if "bfloat16" in kinds else 2**-10 if "float16" in kinds else 2**-22
-    for a, b in zip(_values(saved), _values(fingerprint(t)), strict=True):
+    for a, b in zip(_values(saved), _values(there), strict=True):
         if a != b and not abs(a - b) <= rel * max(abs(a), abs(b)) and not (a != a and b != b):
             return f"{path!r} holds other values ({b:.6g} where the adapter's base had {a:.6g})"
     return None
@@ -166,7 +173,7 @@ def describe(root: nn.Module, chosen: list[str], include: list) -> tuple[dict, d
                 entry["active"] = name in stack.active
                 entry["trainable"] = entry.get("trainable", False) or trainable
                 entry["sites"].append(_site_facts(host_path, site, index, stack))
-                values = not (method.replaces or site.rule is layers.OPAQUE)
+                values = compares(site, method)
                 for path, m, param in surrounded(host) if site.kind == "module" else ():
                     key = join(host_path, path)
                     if key not in base:
@@ -364,7 +371,7 @@ def _check_base(root: nn.Module, header: dict, adapters: list[dict]) -> None:
         if key not in params:
             raise LoadError(f"the adapter was trained on {key!r}, which this model does not have.{did_you_mean(key, params)}")
         host, n = params[key]
-        packed = n == "weight" and layers.is_opaque_linear(host)
+        packed = n == "weight" and layers.is_opaque_linear(host) and not layers.foreign(host._parameters[n])
         wrong = None if packed else _differs(key, saved, frozen(host, n))
         if wrong:
             raise LoadError(f"this is not the base that the adapter was trained on: {wrong}. allow_base_mismatch=True loads it all the same.")

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from .. import layers
 from ..host import SHARED, Recipe, Site, Stack, fenced_rng
 from ..method import Method
 from ..patterns import did_you_mean
+from ..progress import Progress, Tell, check_progress, told
 from ..sites import Model, join
 from ..switch import _merged_tensors
 from ..wrap import _Request
@@ -72,7 +73,7 @@ class FileMergeReport:
 
 def merge_files(
     model_dir: str | os.PathLike, adapter: str | os.PathLike, out_dir: str | os.PathLike, *, names: str | Iterable[str] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = None,
 ) -> FileMergeReport:  # fmt: skip
     """Write `model_dir` with the adapters of a file folded in to `out_dir`; the result equals an in-memory merge bit for bit.
 
@@ -81,11 +82,12 @@ def merge_files(
         adapter: a file of `peftlab.save`.
         out_dir: a new or empty folder; it appears only when everything has been written.
         names: the adapters to merge, by default the active ones.
-        progress: called with (layers done, layers in all, path of the last one).
+        progress: True for a bar (drawn by tqdm), or a function that is called with (layers done, layers in all, path of the last one).
 
     Raises:
-        ValueError (LoadError among them), OSError: nothing is then written.
+        ValueError (LoadError among them), TypeError, ImportError, OSError: nothing is then written.
     """
+    check_progress(progress)
     model_dir, adapter, out_dir = Path(model_dir), Path(adapter), Path(out_dir)
     if not model_dir.is_dir():
         raise FileNotFoundError(f"no model folder {str(model_dir)!r}")
@@ -100,7 +102,8 @@ def merge_files(
         part = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".part", dir=out_dir.parent))
         try:
             skipped = _copy(model_dir, part)
-            rows, added = job.run(part, progress)
+            with told(progress, "merge") as tell:
+                rows, added = job.run(part, tell)
             if out_dir.is_dir():
                 out_dir.rmdir()
             umask = os.umask(0)
@@ -310,7 +313,7 @@ class _Job:
                         raise LoadError(f"the adapter was trained on {path!r}, which the folder does not have.{why or did_you_mean(path, self.shards.places)}")
 
     # ---- work
-    def run(self, to: Path, progress: Callable[[int, int, str], None] | None) -> tuple[list[tuple[str, float]], list[str]]:
+    def run(self, to: Path, tell: Tell) -> tuple[list[tuple[str, float]], list[str]]:
         """Write every changed tensor into the copy `to`; returns (tensor, largest change) rows and the names of added tensors."""
         there = {join(path, param) for path, host in self.hosts.items() for param in host._parameters}
         rest = [key for key in self.replacing if key not in there]
@@ -320,8 +323,7 @@ class _Job:
         def step(key: str) -> None:
             nonlocal done
             done += 1
-            if progress is not None:
-                progress(done, total, key)
+            tell(done, total, key)
 
         changed = set()
         for path, host in self.hosts.items():

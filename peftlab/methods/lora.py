@@ -6,7 +6,9 @@ B = 0 at the start and there is no A0, B0, except for the starts with a product 
 corda_kpm, lora_ga): these begin at A = A0, B = B0 and keep the frozen A0, B0 beside the trained factors, so that the base is never
 edited. bias=True also trains b' = b + d. init: kaiming | gaussian (standard deviation 1 / r) | orthogonal; from the weight: pissa |
 pissa_exact | olora; from data: eva (principal inputs) | corda, corda_kpm (the part of W that the inputs need most, least) | lora_ga
-(the gradient). On an embedding kaiming and gaussian start at A = 0, B ~ N(0, 1), so that tokens which never occur keep their vectors.
+(the gradient); found with the codes of a quantised weight, by peftlab.wrap_quantized: loftq | qpissa, which start with W' near the dense
+weight and have no A0, B0. On an embedding kaiming and gaussian start at A = 0, B ~ N(0, 1), so that tokens which never occur keep their
+vectors.
 While data are read, eva keeps (r + 10) * n_in numbers a site, corda n_in * n_in, lora_ga n_in * n_out, the latter two on the CPU.
 
 Trains: r * (n_in + n_out) + bias * n_out
@@ -14,13 +16,15 @@ Structure: rank(W' - W) <= r, or <= 2 r for the starts with A0, B0
 Family: low rank
 Paper: Hu et al. 2021, arXiv 2106.09685, eq. 3. Scale: Kalajdzievski 2023, arXiv 2312.03732. Starts: PiSSA, Meng et al. 2024,
     arXiv 2404.02948; OLoRA, Buyukakyuz 2024, arXiv 2406.01775; EVA, Paischer et al. 2024, arXiv 2410.07170; CorDA, Yang et al. 2024,
-    arXiv 2406.05223; LoRA-GA, Wang et al. 2024, arXiv 2407.05000
+    arXiv 2406.05223; LoRA-GA, Wang et al. 2024, arXiv 2407.05000; LoftQ, Li
+    et al. 2023, arXiv 2310.08659
 Rate: 1e-3
 Aliases: rslora = dict(rank_stabilized=True); pissa = dict(init="pissa"); olora = dict(init="olora"); eva = dict(init="eva");
     corda = dict(init="corda"); lora_ga = dict(init="lora_ga")
 Differs: pissa uses a randomised SVD and reports its error (start_error, start_floor), pissa_exact the full one. eva keeps the same
     rank at every site (rho = 1). corda's covariance is that of all rows, scaled to a mean diagonal of 1; the authors divide every
     batch by its largest entry. The base is never edited, where the authors of PiSSA, OLoRA, CorDA and LoRA-GA subtract s B0 A0 from it.
+    loftq and qpissa keep the best of their turns, their authors the last one; s is divided out whatever alpha is.
 """
 
 from __future__ import annotations
@@ -32,15 +36,15 @@ from torch import Tensor, nn
 from ..method import Base, Method, finite, positive_int, unit_interval
 from ..parts import fromdata, lowrank
 
-INITS = ("kaiming", "gaussian", "orthogonal", *lowrank.STARTS, *fromdata.STARTS)
+INITS = ("kaiming", "gaussian", "orthogonal", *lowrank.STARTS, *fromdata.STARTS, *lowrank.CODED)
 
 
 class LoRA(Method):
     additive = True
     opaque = True
     fast = ("B",)
-    start_error: float | None = None  # |W - s B0 A0|_F of a pissa start
-    start_floor: float | None = None  # no start of this rank has a smaller one
+    start_error: float | None = None  # |W - s B0 A0|_F of a pissa start, |W - Q - s B A|_F of one beside codes Q
+    start_floor: float | None = None  # no pissa start of this rank has a smaller one
 
     def __init__(
         self, base: Base, *, r: int = 8, alpha: float = 16.0, dropout: float = 0.0, init: str = "kaiming", rank_stabilized: bool = False, bias: bool = False
@@ -57,7 +61,8 @@ class LoRA(Method):
         self.B = nn.Parameter(torch.zeros(base.n_out, r))
         self.d = nn.Parameter(torch.zeros(base.n_out)) if bias else None
         self.data, self.seen = fromdata.STARTS.get(init), None
-        self.needs_data = self.data and self.data.needs
+        self.needs_data = "codes" if init in lowrank.CODED else self.data and self.data.needs
+        self.neutral = init not in lowrank.CODED
         filled = self.data.filled if self.data else init in lowrank.STARTS
         self.opaque = not filled
         self.register_buffer("A0", torch.zeros(r, base.n_in) if filled else None)

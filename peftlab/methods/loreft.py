@@ -11,6 +11,7 @@ Trains: (2 - tied) * r * (2 * n_out + 1)
 Structure: R R' = 1; y - h lies in the r rows of R, and is zero at tokens that are not chosen
 Family: representation edits
 Paper: Wu et al. 2024 (ReFT), arXiv 2404.03592, eq. 2
+Rate: 2e-3
 Differs: W is kept as its difference from R, which is zero at the start, so that the start is the base; the authors draw W.
 """
 

@@ -12,6 +12,7 @@ Trains: experts * (r * (n_in + n_out) + n_in)
 Structure: y - W x lies in the span of the k chosen B_i
 Family: mixtures
 Paper: Gao et al. 2024 (MoLA), arXiv 2402.08562; loss: Fedus et al. 2021 (Switch), arXiv 2101.03961, eq. 4-6
+Rate: 5e-4
 Differs: the load-balancing loss trains the routers alone, and its mean is taken over the forwards since the last optimizer step.
 """
 

@@ -10,7 +10,8 @@ between its tokens. depth and dropout are the LSTM's; P starts normal with devia
 Trains: n * embedding(site).embedding_dim + network_size(net, embedding(site).embedding_dim, dim or embedding(site).embedding_dim, depth)
 Structure: the tokens' embeddings are unchanged
 Family: prompt
-Paper: Liu et al. 2021, arXiv 2103.10385, sec. 2 and 3
+Paper: Liu et al. 2021, arXiv 2103.10385
+Rate: 5e-3
 Differs: the authors' second layer of the LSTM's head takes (2 dim, 2 dim) too; anchor words are plain tokens of the input.
 """
 

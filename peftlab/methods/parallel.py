@@ -6,7 +6,7 @@ x is the input of the part, s = alpha. E, e = 0 at the start. activation is f: r
 leaves c and e out. norm=True normalises x before D (LayerNorm, trained). gate: none (g = 1) | scalar | channel, a trained factor that starts at
 1. init: zero | normal (standard deviation 0.02) | truncated (0.01, cut at two deviations); the last two start near the base only. The
 adapter sits at the module that is called with x; where that one also adds x and normalises, as in BERT, its change goes into the sum. Where
-the layers lie in the block itself there is no such module: targets says where. `adapter_p` sits at every linear layer of the blocks.
+the layers lie in the block itself there is no such module: targets says where (":blocks", ":linears"). `adapter_p` sits at every linear layer of the blocks.
 
 Trains: size(n_in, n_out, dim, bias, norm, gate)
 Structure: y - base(x) depends on x through at most dim features
@@ -32,6 +32,10 @@ from ..parts.bottleneck import size  # noqa: F401 - named in the formula above
 class Parallel(Method):
     on = "module"
     place = ":feedforwards"
+    elsewhere = (
+        '":blocks", beside whole blocks, or ":linears", beside every linear layer: no module is called with the input of a feed-forward part where '
+        "its layers lie in the block itself"
+    )
     opaque = True
 
     def __init__(

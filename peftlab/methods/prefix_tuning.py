@@ -12,6 +12,7 @@ Trains: (n * dim + dim * (dim + 1)) / sites + sum(widths(site, width)) * (dim + 
 Structure: the keys and values of the real tokens are unchanged
 Family: prompt
 Paper: Li and Liang 2021, arXiv 2101.00190, sec. 4.2-4.3. Without the network: P-tuning v2, Liu et al. 2021, arXiv 2110.07602, sec. 3.2
+Rate: 1e-3; p_tuning_v2 = 3e-2
 Aliases: p_tuning_v2 = dict(net=False)
 Differs: one size, dim, serves E and the hidden layer.
 """
@@ -73,7 +74,10 @@ class PrefixTuning(Method):
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
-        return stacks_above(model, hosts) if hyper.get("shift") else []
+        found = stacks_above(model, hosts) if hyper.get("shift") else []
+        if hyper.get("shift") and hosts and not found:
+            raise ValueError("shift=True: no module above the attention layers meant owns a token embedding and takes position ids that could be moved")
+        return found
 
     @classmethod
     def fits(cls, site) -> bool:

@@ -12,6 +12,7 @@ Trains: n * embedding(site).embedding_dim
 Structure: the tokens' embeddings are unchanged
 Family: prompt
 Paper: Lester et al. 2021, arXiv 2104.08691, sec. 2
+Rate: 3e-2
 Differs: a class label of several tokens starts from their mean; rows of the vocabulary are drawn from all of it.
 """
 

@@ -9,7 +9,7 @@ v^2 = 6 / (3 patch^2 + d), with patch the side of the model's patches.
 Trains: n * n_out if deep else n * n_out / sites
 Structure: the patches' embeddings are unchanged
 Family: prompt
-Paper: Jia et al. 2022, arXiv 2203.12119, sec. 3.2, eq. 3-6
+Paper: Jia et al. 2022, arXiv 2203.12119, sec. 3.2
 Aliases: vpt_deep = dict(deep=True); vpt_shallow = dict(deep=False)
 """
 

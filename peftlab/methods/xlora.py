@@ -14,6 +14,7 @@ Trains: (train or isinstance(experts, int)) * count(experts) * r * (n_in + n_out
 Structure: y - base(x) lies in the span of all B_li
 Family: mixtures
 Paper: Buehler and Buehler 2024, arXiv 2402.07148
+Rate: 1e-3
 Differs: no dropout in the classifier. A KV cache is refused, since the first run would need one of its own; the authors switch it off.
 """
 

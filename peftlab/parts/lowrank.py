@@ -178,6 +178,7 @@ STARTS: dict[str, Callable[[Tensor, int, float], Start]] = {
     "pissa_exact": functools.partial(principal, svd=exact_svd),
     "olora": orthonormal,
 }
+CODED = ("loftq", "qpissa")  # starts that are found together with the codes of the weight (peftlab.wrap_quantized)
 
 
 REMEMBERED = 1 << 28  # bytes of factors that are kept for weights that come again

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import CHILD, Adapted, Site, bare, original_class, paused_gc
 from ..method import Method
+from ..patterns import PatternError
+from ..progress import Progress, check_progress, told
 from ..sites import Model, _reads_children, ensure_module, identity, join, select_from
 from ..wrap import check_dtype, ledgers, outside_disabled, samples
 from .codes import Packed, check, quantise
-from .linear import PACKED, Packing, pack, packed, unpack
+from .linear import PACKED, Packing, become, pack, packed, unpack
 
 
 class _Packs(Method):
@@ -38,7 +41,7 @@ def places(model: Model) -> Iterator[Site]:
             continue  # an RNN hands its parameters to one kernel
         for name in m._parameters:
             W = layers.outline(m, name)
-            if W is not None and W.is_floating_point() and W.ndim in (2, 3):
+            if W is not None and W.is_floating_point() and W.ndim in (2, 3) and not layers.foreign(W):
                 own = tuple(join(p, name) for p in paths)
                 yield Site(m, own[0], name, param=name, names=own, explicit=True, shape=tuple(W.shape), n_out=W.shape[-2], n_in=W.shape[-1])
 
@@ -54,7 +57,7 @@ def works_on_codes(model: Model, site: Site) -> bool:
 @paused_gc()
 def quantize(
     model: nn.Module, kind: str = "nf4", *, targets=None, exclude=None, blocksize: int | None = None, double_quant: bool | None = None,
-    compute_dtype: torch.dtype | None = None, progress: Callable | None = None,
+    compute_dtype: torch.dtype | None = None, progress: Progress = None,
 ) -> nn.Module:  # fmt: skip
     """Replace weights of `model` by 4-bit or 8-bit codes, in place and one after the other, and return the same model.
 
@@ -66,33 +69,63 @@ def quantize(
         blocksize: 32, 64 (the default), 128, 256, 512, 1024, 2048 or 4096 entries; nf4 and fp4 only.
         double_quant: pack the scales too (the default for nf4 and fp4): 0.516 instead of 0.5625 bytes an entry with blocks of 64.
         compute_dtype: in which the layers form their products; by default in their input's dtype.
-        progress: called as progress(done, total, path) after each weight.
+        progress: True for a bar (drawn by tqdm), or a function that is called as progress(done, total, path) after each weight.
+
+    An interrupt, or an exception of `progress`, leaves every weight whole: quantised up to there, and as it was after that. Then
+    `dequantize(model)` makes the model dense again, and exclude=[*packed_weights(model)] goes on with the others.
 
     Raises:
-        PatternError, ValueError, TypeError: for unknown kinds and patterns, weights that are quantised already, tied, sharded, not finite or
-            trained in place, and models with merged adapters. The model is then unchanged.
+        PatternError, ValueError, TypeError, ImportError: for unknown kinds and patterns, weights that are quantised already, tied, sharded, not
+            finite or trained in place, and models with merged adapters. The model is then unchanged.
     """
     check(kind, blocksize, double_quant)
     check_dtype(compute_dtype)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress={progress!r}: a function of (done, total, path)")
+    check_progress(progress)
     root = bare(ensure_module(model))
     outside_disabled(root)
     view = Model.of(root)
-    sites, _ = select_from(view, _Packs, "quantize", list(places(view)), targets, exclude)
+    sites = _chosen(view, targets, exclude)
     for site in sites:
         _refuse(view, site)
     double = kind != "int8" if double_quant is None else double_quant
-    for done, site in enumerate(sites, 1):
-        m, called = site.host, works_on_codes(view, site)
-        W = m._parameters[site.param].detach()
-        W = W.t() if isinstance(site.rule, layers.Conv1D) and called else W
-        p = quantise(W, kind, blocksize, double)
-        pack(m, site.param, p._replace(format=p.format._replace(compute=compute_dtype)), called)
-        _note(root, view, site)
-        if progress is not None:
-            progress(done, len(sites), site.path)
+    with told(progress, "quantize") as tell:
+        for done, site in enumerate(sites, 1):
+            m, called = site.host, works_on_codes(view, site)
+            W = m._parameters[site.param].detach()
+            p = quantise(W.t() if isinstance(site.rule, layers.Conv1D) and called else W, kind, blocksize, double)
+            del W  # no dense weight outlives its turn
+            with _whole(m):
+                pack(m, site.param, p._replace(format=p.format._replace(compute=compute_dtype)), called)
+                _note(root, view, site)
+            tell(done, len(sites), site.path)
     return model
+
+
+def _chosen(view: Model, targets, exclude) -> list[Site]:
+    """The sites that the patterns mean; where there are none, a word about layers that another library has packed."""
+    try:
+        return select_from(view, _Packs, "quantize", list(places(view)), targets, exclude)[0]
+    except PatternError as e:
+        packed = [m for m in view.modules.values() if layers.is_opaque_linear(m)]
+        if not packed:
+            raise
+        first = f"{view.path(packed[0])!r} ({original_class(packed[0]).__name__})"
+        raise PatternError(f"{e} {len(packed)} layers, {first} the first of them, only offer a call: another library has packed their weights.") from None
+
+
+@contextlib.contextmanager
+def _whole(m: nn.Module) -> Iterator[None]:
+    """Puts a module back where an interrupt meets it half changed."""
+    kept = m.__class__, dict(m.__dict__), dict(m._parameters), dict(m._buffers), set(m._non_persistent_buffers_set)
+    try:
+        yield
+    except BaseException:
+        for there, before in zip((m.__dict__, m._parameters, m._buffers, m._non_persistent_buffers_set), kept[1:], strict=True):
+            there.clear()
+            there.update(before)
+        m.__class__ = kept[0]
+        become(m, original_class(m))
+        raise
 
 
 def _refuse(model: Model, site: Site) -> None:
@@ -139,14 +172,16 @@ def _note(root: nn.Module, view: Model, site: Site) -> None:
 
 
 @paused_gc()
-def dequantize(model: nn.Module, *, targets=None, exclude=None, progress: Callable | None = None) -> nn.Module:
+def dequantize(model: nn.Module, *, targets=None, exclude=None, progress: Progress = None) -> nn.Module:
     """Put the values of the codes in their place, in place (all packed weights by default), and return the same model.
 
-    The dense weights have the dtype that was quantised and do not require grad.
+    The dense weights have the dtype that was quantised and do not require grad. `progress` as for `quantize`; after an interrupt every weight
+    is whole, and another call goes on.
 
     Raises:
-        PatternError, ValueError: when nothing is quantised, or adapters are merged. The model is then unchanged.
+        PatternError, ValueError, TypeError, ImportError: when nothing is quantised, or adapters are merged. The model is then unchanged.
     """
+    check_progress(progress)
     root = bare(ensure_module(model))
     outside_disabled(root)
     view = Model.of(root)
@@ -161,11 +196,13 @@ def dequantize(model: nn.Module, *, targets=None, exclude=None, progress: Callab
             raise ValueError(f"{site.path!r} is sharded: dequantize before fully_shard")
         if isinstance(site.host, Adapted):
             _refuse_adapted(site.host, site.param, repr(site.path)) if site.host._modules[CHILD].merged else None
-    for done, site in enumerate(sites, 1):
-        unpack(site.host, site.param, layers.values(site.host, site.param).contiguous())
-        _note(root, view, site)
-        if progress is not None:
-            progress(done, len(sites), site.path)
+    with told(progress, "dequantize") as tell:
+        for done, site in enumerate(sites, 1):
+            W = layers.values(site.host, site.param).contiguous()
+            with _whole(site.host):
+                unpack(site.host, site.param, W)
+                _note(root, view, site)
+            tell(done, len(sites), site.path)
     return model
 
 

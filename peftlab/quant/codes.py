@@ -13,19 +13,27 @@ Legend: n entries of a tensor, b entries a block; codes (ceil(n / 2), 1) uint8, 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import mmap
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import kernels
 
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALES = 256  # absmax values that share a second scale
 DECODE = 1 << 19  # entries that are decoded at a time: larger pieces leave the cache, in smaller ones the calls cost more than the work
 TILE = 1 << 21  # entries of a weight that are dense at once while a product is formed
+WIDE = 1 << 24  # the same on CUDA, where a narrow product leaves most of the device idle
 FEW = 64  # rows of an input below which the product costs less than the decoding: then a tile is a piece
+HUGE = 1 << 22  # bytes from which on new memory is asked for in huge pages
 PIECE = 1 << 18  # entries that are quantised at a time: the temporaries stay in the cache
 FLOOR = 1e-38  # an absmax below this does not divide
 
@@ -114,6 +122,14 @@ def _nearest() -> Tensor:
 
 
 @functools.cache
+def tables(kind: str, device: torch.device) -> kernels.Tables:
+    """What Triton kernels look up for nf4 and fp4."""
+    with torch.device("cpu"):
+        found = BOOKS[kind], torch.tensor(borders(kind)), torch.tensor(ORDER[kind], dtype=torch.int32), DYNAMIC, _nearest()
+    return kernels.Tables(*(t.to(device) for t in found), SCALES)
+
+
+@functools.cache
 def _sorted_to_code(device: torch.device) -> Tensor:
     """(256,) uint8: two sorted positions in a byte -> the two codes of fp4 in a byte."""
     order = torch.tensor(ORDER["fp4"], dtype=torch.uint8, device="cpu")
@@ -121,12 +137,11 @@ def _sorted_to_code(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _quads(kind: str, device: torch.device) -> Tensor:
-    """(65536, 4) float32: two bytes, read as a little-endian number, -> the four values that they stand for."""
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """(256, 2) float32: a byte -> the two values that it stands for."""
     with torch.device("cpu"):
-        both = torch.arange(65536)
-        first, second = both & 255, both >> 8
-        return BOOKS[kind][torch.stack([first >> 4, first & 15, second >> 4, second & 15], 1)].to(device)
+        byte = torch.arange(256)
+        return BOOKS[kind][torch.stack([byte >> 4, byte & 15], 1)].to(device)
 
 
 # ---------------------------------------------------------------- quantise
@@ -175,13 +190,11 @@ def quantise(W: Tensor, kind: str, blocksize: int | None = None, double: bool = 
     b, n = form.format.blocksize, form.format.numel
     codes = torch.empty(form.codes.shape, dtype=torch.uint8, device=W.device)
     absmax = torch.empty(form.format.blocks, dtype=torch.float32, device=W.device)
-    flat, whole, piece = W.reshape(-1), n // b * b, max(PIECE, b)
-    for i in range(0, whole, piece):
-        j = min(i + piece, whole)
-        x = flat[i:j].to(torch.float32).view(-1, b)
-        top = absmax[i // b : j // b]
-        torch.amax(x.abs(), 1, out=top)
-        codes[i // 2 : j // 2, 0] = _pack(x * top.clamp(min=FLOOR).reciprocal()[:, None], kind)
+    flat, whole = W.reshape(-1), n // b * b
+    if kernels.serves(W):
+        kernels.quantise_blocks(flat[:whole], b, FLOOR, tables(kind, W.device), codes, absmax)
+    else:
+        _quantise_blocks(flat[:whole], b, kind, codes, absmax)
     if whole < n:  # the short last block: bitsandbytes divides here, and gives an absmax of zero as FLOOR
         x = flat[whole:].to(torch.float32)
         absmax[-1] = x.abs().max().clamp(min=FLOOR)
@@ -189,7 +202,17 @@ def quantise(W: Tensor, kind: str, blocksize: int | None = None, double: bool = 
         codes[whole // 2 :, 0] = _pack(x, kind)
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError(f"a tensor of shape {tuple(W.shape)} has entries that are not finite in float32: they have no code")
-    return Packed(form.format, codes, *(_quantise_scales(absmax) if double else (absmax,)))
+    return Packed(form.format, codes, *(_quantise_scales(absmax, kind) if double else (absmax,)))
+
+
+def _quantise_blocks(flat: Tensor, b: int, kind: str, codes: Tensor, absmax: Tensor) -> None:
+    """Codes and absmax of whole blocks."""
+    piece = max(PIECE, b)
+    for i in range(0, len(flat), piece):
+        x = flat[i : i + piece].to(torch.float32).view(-1, b)
+        top = absmax[i // b : i // b + len(x)]
+        torch.amax(x.abs(), 1, out=top)
+        codes[i // 2 : (i + x.numel()) // 2, 0] = _pack(x * top.clamp(min=FLOOR).reciprocal()[:, None], kind)
 
 
 def _pack(x: Tensor, kind: str) -> Tensor:
@@ -205,9 +228,11 @@ def _pack(x: Tensor, kind: str) -> Tensor:
     return both if kind == "nf4" else _sorted_to_code(x.device)[both.int()]
 
 
-def _quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise_scales(absmax: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, absmax of the blocks of 256, mean) of the scales."""
     offset = absmax.mean()
+    if kernels.serves(absmax):
+        return *kernels.quantise_scales(absmax, offset, tables(kind, absmax.device)), offset
     x = absmax - offset
     x = torch.nn.functional.pad(x, (0, -len(x) % SCALES)).view(-1, SCALES)
     top = x.abs().amax(1)
@@ -219,15 +244,20 @@ def _quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _quantise_rows(W: Tensor, form: Format) -> Packed:
     codes = torch.empty(form.shape, dtype=torch.int8, device=W.device)
     absmax = torch.empty(form.blocks, dtype=torch.float32, device=W.device)
-    rows = max(1, PIECE // max(form.blocksize, 1))
     flat, out = W.reshape(form.blocks, form.blocksize), codes.view(form.blocks, form.blocksize)
-    for i in range(0, form.blocks, rows):
-        x = flat[i : i + rows].to(torch.float32)
-        top = absmax[i : i + rows] = x.abs().amax(1)
-        out[i : i + rows] = (x * (127.0 / top)[:, None]).round().nan_to_num_(0)  # rows of zeros
+    (kernels.quantise_rows if kernels.serves(W) else _code_rows)(flat, out, absmax)
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError(f"a tensor of shape {form.shape} has entries that are not finite in float32: they have no code")
     return Packed(form, codes, absmax)
+
+
+def _code_rows(flat: Tensor, out: Tensor, absmax: Tensor) -> None:
+    """int8 codes and absmax of rows."""
+    rows = max(1, PIECE // max(flat.shape[1], 1))
+    for i in range(0, len(flat), rows):
+        x = flat[i : i + rows].to(torch.float32)
+        top = absmax[i : i + rows] = x.abs().amax(1)
+        out[i : i + rows] = (x * (127.0 / top)[:, None]).round().nan_to_num_(0, 0, 0)  # rows of zeros, or so small that the factor overflows
 
 
 # ---------------------------------------------------------------- decode
@@ -256,7 +286,7 @@ def decode(p: Packed, start: int, stop: int, out: Tensor | None = None) -> Tenso
     b, n = p.format.blocksize, p.format.numel
     if p.format.kind == "int8":
         return _decode_rows(p, start, stop, out)
-    low, high = start // b * b, min(-(-stop // b) * b, n)  # whole blocks, which start at a byte divisible by 4
+    low, high = start // b * b, min(-(-stop // b) * b, n)  # whole blocks, which start at a whole byte
     out = torch.empty(room(p, stop - start), dtype=torch.float32, device=p.codes.device) if out is None else out
     codes = p.codes.view(-1)[low // 2 : -(-high // 2)]
     values = _look_up(codes, p.format.kind, out)
@@ -276,28 +306,17 @@ def room(p: Packed, entries: int) -> int:
 def _look_up(codes: Tensor, kind: str, out: Tensor) -> Tensor:
     """The book's values of packed codes, two a byte, in `out`."""
     if type(codes).__name__ == "FakeTensor" and not torch.compiler.is_compiling():  # estimate counts memory, and there are no values to look up
-        codes[: len(codes) // 2].int()
+        codes.int()
         return out[: 2 * len(codes)]
     if torch.compiler.is_compiling() or type(codes) is not Tensor:  # compilers fuse this, and what is made of fake tensors must not be cached
         return BOOKS[kind].to(codes.device)[torch.stack([codes >> 4, codes & 15], 1).int()].flatten()
-    if codes.storage_offset() % 2:
-        codes = codes.clone()
-    even = len(codes) // 2 * 2
-    pairs = codes[:even].view(torch.uint16).int()
-    table, quads = _quads(kind, codes.device), out[: 2 * even].view(-1, 4)
+    table, values = _pairs(kind, codes.device), out[: 2 * len(codes)]
     if codes.device.type == "cpu":
-        # One 16-byte element a look-up: three times as fast as rows of four.
-        torch.index_select(_sixteen_bytes(table), 0, pairs, out=_sixteen_bytes(quads))
+        # A pair is one number of 8 bytes: rows of two take three times as long, and a table of two bytes' values leaves the fastest cache.
+        torch.index_select(table.view(torch.float64).view(-1), 0, codes.int(), out=values.view(torch.float64))
     else:
-        quads.copy_(table.index_select(0, pairs))
-    if even < len(codes):
-        out[2 * even : 2 * even + 2] = table[codes[-1].int(), :2]
-    return out[: 2 * len(codes)]
-
-
-def _sixteen_bytes(t: Tensor) -> Tensor:
-    """(k, 4) float32 as (k,) numbers of 16 bytes, the same memory."""
-    return torch.view_as_complex(t.view(torch.float64)) if t.numel() else t.new_empty(0, dtype=torch.complex128)
+        values.view(-1, 2).copy_(table.index_select(0, codes.int()))
+    return values
 
 
 def _decode_rows(p: Packed, start: int, stop: int, out: Tensor | None) -> Tensor:
@@ -311,13 +330,30 @@ def _decode_rows(p: Packed, start: int, stop: int, out: Tensor | None) -> Tensor
     return values.view(-1)[start - low * b : stop - low * b]
 
 
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """New memory. Linux is asked for huge pages: the first touch of small ones takes longer than decoding into them (64 MiB: 40 ms, else 15)."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    size = out.numel() * out.element_size()
+    if sys.platform == "linux" and type(out) is Tensor and out.device.type == "cpu" and size >= HUGE and not torch.compiler.is_compiling():
+        first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        _madvise()(first, (out.data_ptr() + size - first) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # advice: a refusal does not matter
+    return out
+
+
+@functools.cache
+def _madvise() -> Callable:
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return found
+
+
 @torch.no_grad()
 def dequantise(p: Packed, out: Tensor | None = None) -> Tensor:
     """The dense tensor in its dtype, in new memory or in a contiguous `out` of its shape: a product in float32, rounded once.
 
     Where `out` has another dtype, the values are cast to it after that.
     """
-    out = torch.empty(p.format.shape, dtype=p.format.dtype, device=p.codes.device) if out is None else out
+    out = _fresh(p.format.shape, p.format.dtype, p.codes.device) if out is None else out
     if not p.codes.is_meta:
         fill(p, 0, p.format.numel, out.view(-1))
     return out
@@ -326,13 +362,15 @@ def dequantise(p: Packed, out: Tensor | None = None) -> Tensor:
 def fill(p: Packed, start: int, stop: int, out: Tensor) -> None:
     """Write the entries start..stop of the flattened tensor into `out`, (stop - start,), piece by piece: no temporary exceeds a piece."""
     form, scratch = p.format, None
+    if kernels.serves(p.codes, out) and form.dtype in kernels.DTYPES:
+        return kernels.fill(p, None if form.kind == "int8" else tables(form.kind, out.device), start, stop, out)
     b, n = max(form.blocksize, 1), form.numel
     piece = max(DECODE // b, 1) * b
     i = start
     while i < stop:
         j = min((i // piece + 1) * piece, stop)  # pieces begin and end with blocks
         whole = i % b == 0 and (j % b == 0 or j == n) and (j - i) % 2 == 0
-        whole = whole and not torch.compiler.is_compiling() and (out.storage_offset() + i - start) % 4 == 0  # quadruples are written as one number
+        whole = whole and not torch.compiler.is_compiling() and (out.storage_offset() + i - start) % 2 == 0  # pairs are written as one number
         if whole and out.dtype == form.dtype == torch.float32:
             decode(p, i, j, out[i - start : j - start])
         else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .codes import BLOCKSIZES, BOOKS, DYNAMIC, SCALES, Format, Packed
 
 STATE = "quant_state.bitsandbytes__"
+WIDEST = 24  # characters of the longest repr of a number: -2.2250738585072014e-308
 
 
 class FormatError(ValueError):
@@ -47,7 +48,8 @@ def write(param: str, p: Packed) -> dict[str, Tensor]:
         out |= {f"{param}.nested_absmax": p.nested_absmax, f"{param}.nested_quant_map": DYNAMIC.to(p.absmax.device, copy=True)}
         offset = 0.0 if p.offset.is_meta else p.offset.item()
         facts |= {"nested_blocksize": SCALES, "nested_dtype": "float32", "nested_offset": offset}
-    text = json.dumps(facts).encode()
+    # As many bytes whatever the offset, which json writes as repr does: torch.distributed.checkpoint loads into tensors of the sizes that it saved.
+    text = (json.dumps(facts) + " " * (WIDEST - len(repr(facts.get("nested_offset", 0.0))))).encode()
     out[f"{param}.{STATE}{form.kind}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     return out
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import Adapted, adapted_class, original_class, seen_of
 from . import format as keys
-from .codes import DECODE, FEW, TILE, Format, Packed, dequantise, entries, fill
+from . import kernels
+from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, entries, fill, tables
 
 SCALES = ("absmax", "nested_absmax", "nested_offset")  # suffixes of the buffers, in the order of Packed
 
@@ -29,8 +30,9 @@ class Product(torch.autograd.Function):
     """x W' + b, or x W: the weight is decoded in tiles, and backward keeps its codes."""
 
     @staticmethod
-    def forward(x: Tensor, b: Tensor | None, form: Format, transposed: bool, *tensors: Tensor | None) -> Tensor:
-        return multiply(x, b, Packed(form, *tensors), transposed)
+    def forward(x: Tensor, b: Tensor | None, form: Format, transposed: bool, codes, absmax, nested_absmax, offset) -> Tensor:
+        # One name a tensor: torch.compile counts names, and would hand its context to a forward with *tensors.
+        return multiply(x, b, Packed(form, codes, absmax, nested_absmax, offset), transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -48,7 +50,11 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
     """x (..., n_in) W' + b, or x (..., n_out) W, in the dtype of x; no more of W than a tile is dense at a time."""
     n_out, n_in = p.format.shape
     flat = x.reshape(-1, x.shape[-1])
-    rows = max(1, (DECODE if len(flat) < FEW else TILE) // max(n_in, 1))
+    if kernels.fuses(flat, p, transposed):
+        out = x.new_empty(*x.shape[:-1], n_in if transposed else n_out)
+        kernels.multiply(flat, b, p, None if p.format.kind == "int8" else tables(p.format.kind, x.device), transposed, out)
+        return out
+    rows = max(1, (WIDE if x.is_cuda else DECODE if len(flat) < FEW else TILE) // max(n_in, 1))
     if rows >= n_out or n_out * n_in <= TILE // 4:
         W = tile(p, 0, n_out, x.new_empty(n_out * n_in))
         return x @ W if transposed else F.linear(x, W, b)
@@ -143,10 +149,24 @@ def _embedding(self, index: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the class
 
 
+class _Named:
+    """Has every name: stands for what lies below a packed parameter in the keys of a state dict, for those who look keys up in the module."""
+
+    def __getattr__(self, name: str) -> _Named:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
 class Packing(layers.Quantised):
     """What a packed module does differently from the class it was."""
 
     _dense_class: type
+    peftlab_below = _Named()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint's state-dict helpers find a key of this module instead of at the parameter."""
+        return dict.fromkeys((*self.peftlab_formats, *keys.keys_of("weight")), "peftlab_below")
 
     def peftlab_dense(self, param: str, kept: dict[str, Tensor]) -> Tensor:
         p = packed(self, param, kept)
@@ -316,7 +336,7 @@ def pack(m: nn.Module, param: str, p: Packed, called: bool) -> None:
     cls = original_class(m)
     read = cls._read if issubclass(cls, Packing) else ()
     dense = cls._dense_class if issubclass(cls, Packing) else cls
-    _become(m, packing_class(dense, called, read if called else tuple(sorted({*read, param}))))
+    become(m, packing_class(dense, called, read if called else tuple(sorted({*read, param}))))
 
 
 def unpack(m: nn.Module, param: str, W: Tensor | None, requires_grad: bool = False) -> None:
@@ -330,13 +350,14 @@ def unpack(m: nn.Module, param: str, W: Tensor | None, requires_grad: bool = Fal
     cls = original_class(m)
     if left:
         m.peftlab_formats = left
-        _become(m, packing_class(cls._dense_class, False, tuple(n for n in cls._read if n in left)))
+        become(m, packing_class(cls._dense_class, False, tuple(n for n in cls._read if n in left)))
     else:
         del m.peftlab_formats
-        _become(m, cls._dense_class)
+        become(m, cls._dense_class)
 
 
-def _become(m: nn.Module, cls: type) -> None:
+def become(m: nn.Module, cls: type) -> None:
+    """Make a module one of this class; adapters that are there stay, and learn what layer they sit at."""
     m.__class__ = adapted_class(cls, seen_of(m)) if isinstance(m, Adapted) else cls
     rule = layers.rule_of(m)
     stack = m._modules.get("peftlab")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers
-from ..host import Adapted, bare, paused_gc
+from ..host import Adapted, Site, bare, paused_gc
 from ..patterns import did_you_mean
+from ..progress import Progress, check_progress, told
 from ..sites import Model, ensure_module, identity, join, select_from
 from ..wrap import check_dtype
 from . import format as keys
@@ -25,7 +27,7 @@ from .linear import Packing, pack
 def load_quantized(
     model: nn.Module, files: str | os.PathLike | Iterable, kind: str | None = "nf4", *, targets=None, exclude=None, blocksize: int | None = None,
     double_quant: bool | None = None, compute_dtype: torch.dtype | None = None, dtype: torch.dtype | None = None,
-    rename: Callable[[str], str | None] | None = None, progress: Callable | None = None,
+    rename: Callable[[str], str | None] | None = None, progress: Progress = None,
 ) -> nn.Module:  # fmt: skip
     """Fill a model, best one on meta, from safetensors files, packing the weights that the patterns mean while they are read.
 
@@ -45,9 +47,8 @@ def load_quantized(
     """
     root = bare(ensure_module(model))
     check_dtype(compute_dtype)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress={progress!r}: a function of (done, total, path)")
     check_dtype(dtype)
+    check_progress(progress)
     if kind is not None:
         check(kind, blocksize, double_quant)
     found = _listed(files, rename)
@@ -55,40 +56,75 @@ def load_quantized(
     odd = next((p for k, m in view.modules.items() if isinstance(m, (Packing, Adapted)) for p in view.paths[k]), None)
     if odd is not None:
         raise ValueError(f"{odd!r} is quantised or adapted already: load into a model as it was built")
-    slots = _slots(view)
-    coded = {name: keys.kind_in(n, _state(found, name)) for name, (m, n) in slots.items() if n in m._parameters}
-    coded = {name: what for name, what in coded.items() if what is not None}
-    sites = {id(s.host): {} for s in places(view)}
-    for s in places(view):
-        sites[id(s.host)][s.param] = s
-    wanted = {}
-    if kind is not None:
-        chosen, _ = select_from(view, _Packs, "load_quantized", list(places(view)), targets, exclude)
-        wanted = {path: s for s in chosen if (path := join(view.path(s.host), s.param)) not in coded}
-    _compare(view, slots, found, coded, wanted)
-    double = kind != "int8" if double_quant is None else double_quant
+    there = list(places(view))
+    chosen = [] if kind is None else select_from(view, _Packs, "load_quantized", there, targets, exclude)[0]
+    job = _Job(view, found, _slots(view), {(id(s.host), s.param): s for s in there}, kind, blocksize, double_quant, compute_dtype, dtype)
+    job.choose(chosen)
+    todo = [name for name in job.slots if name in found and not _second_end(view, job.slots, name)]
     staged: list[tuple[str, Tensor | Packed]] = []
-    todo = [name for name in slots if name in found and not _second_end(view, slots, name)]
-    for done, name in enumerate(todo, 1):
-        m, n = slots[name]
-        site = sites.get(id(m), {}).get(n)
-        flip = site is not None and isinstance(site.rule, layers.Conv1D) and works_on_codes(view, site)
-        t = _read(found, name)
-        if name in coded:
-            part = keys.read(n, {k: (t if k == n else _read(found, f)) for k, f in _state(found, name).items()}, compute_dtype, dtype)
-            _same_shape(name, part.format.shape, site, flip)
-        elif name in wanted:
-            t = t if dtype is None else t.to(dtype)
-            part = quantise(t.t() if flip else t, kind, blocksize, double)
-            part = part._replace(format=part.format._replace(compute=compute_dtype))
-        else:
-            part = t.to(dtype) if dtype is not None and t.is_floating_point() else t
-        staged.append((name, part))
-        if progress is not None:
-            progress(done, len(todo), name)
+    with told(progress, "load") as tell:
+        for done, name in enumerate(todo, 1):
+            staged.append((name, job.part(name)))
+            tell(done, len(todo), name)
     for name, part in staged:
-        _commit(view, slots, name, part, sites)
+        job.commit(name, part)
     return model
+
+
+@dataclass
+class _Job:
+    """A checked call: what the files have, what of it stays codes, and what is to be packed."""
+
+    view: Model
+    found: dict[str, tuple[str, str]]
+    slots: dict[str, tuple[nn.Module, str]]
+    sites: dict[tuple[int, str], Site]
+    kind: str | None
+    blocksize: int | None
+    double: bool | None
+    compute: torch.dtype | None
+    dtype: torch.dtype | None
+    coded: set[str] = field(default_factory=set)  # names that the files hold as codes
+    wanted: set[str] = field(default_factory=set)  # names of dense tensors that are to be packed
+
+    def choose(self, chosen: list[Site]) -> None:
+        """Find the two sets, and raise where files and model do not fit."""
+        mine = {name: n for name, (m, n) in self.slots.items() if n in m._parameters}
+        self.coded = {name for name, n in mine.items() if keys.kind_in(n, _state(self.found, name)) is not None}
+        places = {join(self.view.path(s.host), s.param): s for s in chosen}
+        wanted = {name: s for name, s in places.items() if name not in self.coded}
+        _compare(self.view, self.slots, self.found, self.coded, wanted)
+        self.wanted = set(wanted)
+
+    def part(self, name: str) -> Tensor | Packed:
+        """One tensor as the model will hold it."""
+        m, n = self.slots[name]
+        site = self.sites.get((id(m), n))
+        flip = site is not None and isinstance(site.rule, layers.Conv1D) and works_on_codes(self.view, site)
+        t = _read(self.found, name)
+        if name in self.coded:
+            state = {k: (t if k == n else _read(self.found, f)) for k, f in _state(self.found, name).items()}
+            p = keys.read(n, state, self.compute, self.dtype)
+            _same_shape(name, p.format.shape, site, flip)
+            return p
+        t = t if self.dtype is None or not t.is_floating_point() else t.to(self.dtype)
+        if name not in self.wanted:
+            return t
+        double = self.kind != "int8" if self.double is None else self.double
+        p = quantise(t.t() if flip else t, self.kind, self.blocksize, double)
+        return p._replace(format=p.format._replace(compute=self.compute))
+
+    def commit(self, name: str, part: Tensor | Packed) -> None:
+        """Put it there."""
+        m, n = self.slots[name]
+        if isinstance(part, Packed):
+            pack(m, n, part, works_on_codes(self.view, self.sites[id(m), n]))
+        elif n in m._parameters:
+            new = nn.Parameter(part, requires_grad=m._parameters[n].requires_grad and part.is_floating_point())
+            for host, param in self.view.owners[identity(m._parameters[n])]:
+                host._parameters[param] = new
+        else:
+            m._buffers[n] = part
 
 
 def _listed(files, rename: Callable | None) -> dict[str, tuple[str, str]]:
@@ -134,7 +170,7 @@ def _state(found: dict, name: str) -> dict[str, str]:
     return {k.removeprefix(prefix): k for k in close if k in found}
 
 
-def _compare(view: Model, slots: dict, found: dict, coded: dict, wanted: dict) -> None:
+def _compare(view: Model, slots: dict, found: dict, coded: set[str], wanted: dict[str, Site]) -> None:
     """Raise unless every tensor has its place and every place its tensor."""
     used = {f for name in slots if name in found for f in (_state(found, name).values() if name in coded else (name,))}
     extra = sorted(found.keys() - used)
@@ -189,15 +225,3 @@ def _same_shape(name: str, shape: tuple, site, flip: bool) -> None:
     wanted = site.shape[::-1] if flip else site.shape
     if shape != wanted:
         raise ValueError(f"{name!r} has shape {shape} in the file and {wanted} in the model")
-
-
-def _commit(view: Model, slots: dict, name: str, part: Tensor | Packed, sites: dict) -> None:
-    m, n = slots[name]
-    if isinstance(part, Packed):
-        pack(m, n, part, works_on_codes(view, sites[id(m)][n]))
-    elif n in m._parameters:
-        new = nn.Parameter(part, requires_grad=m._parameters[n].requires_grad and part.is_floating_point())
-        for host, param in view.owners[identity(m._parameters[n])]:
-            host._parameters[param] = new
-    else:
-        m._buffers[n] = part

@@ -32,10 +32,13 @@ class Onto(NamedTuple):
         return self.how == other.how and all(k not in mine or mine[k].data_ptr() == t.data_ptr() for k, t in theirs.items())
 
 
-def choose(onto: object, hosts: list[tuple[str, nn.Module, set[str]]]) -> list[Onto | None]:
-    """What the adapters at each (path, module, changed parameters) are merged onto; None where no packed parameter is changed."""
-    packs = [sorted(p for p in params if isinstance(m, layers.Quantised) and p in m.peftlab_formats) for _, m, params in hosts]
-    first = next((path for (path, _, _), mine in zip(hosts, packs, strict=True) if mine), None)
+def choose(onto: object, hosts: list[tuple[str, nn.Module, set[str], bool]]) -> list[Onto | None]:
+    """What the adapters at each (path, module, changed parameters, whether they started at the base) are merged onto.
+
+    None where no packed parameter is changed.
+    """
+    packs = [sorted(p for p in params if isinstance(m, layers.Quantised) and p in m.peftlab_formats) for _, m, params, _ in hosts]
+    first = next((path for (path, *_), mine in zip(hosts, packs, strict=True) if mine), None)
     if first is None:
         if onto is not None:
             raise ValueError("onto= says what becomes of a quantised base; none of the merged layers is quantised")
@@ -50,7 +53,13 @@ def choose(onto: object, hosts: list[tuple[str, nn.Module, set[str]]]) -> list[O
         onto = dict(onto.named_parameters(remove_duplicate=False))
     if not isinstance(onto, Mapping):
         raise TypeError(f"onto={onto!r:.80}: {CHOICES}")
-    return [Onto("originals", {p: _original(onto, path, m, p) for p in mine}) if mine else None for (path, m, _), mine in zip(hosts, packs, strict=True)]
+    for (path, _, _, neutral), mine in zip(hosts, packs, strict=True):
+        if mine and not neutral:
+            raise ValueError(
+                f"the adapter at {path!r} started from what these codes lack of the original weights, which would then be added twice: "
+                "onto='dequantized' gives dense weights"
+            )
+    return [Onto("originals", {p: _original(onto, path, m, p) for p in mine}) if mine else None for (path, m, *_), mine in zip(hosts, packs, strict=True)]
 
 
 def _original(given: Mapping[str, Tensor], path: str, m: nn.Module, param: str) -> Tensor:
