@@ -7,8 +7,8 @@ refused, with the words of the refusal, are in `REFUSED`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import re
 
 import pytest
 import smollm
@@ -118,17 +118,16 @@ def test_generation(method, name):
     """Left-padded rows with a cache are those without, each is the row alone, and beams do not depend on the cache either."""
     model, x = made(method, name), batch(name, rows=3)
     x.pop("labels", None)
-    cached = dict(use_cache=method != "xlora")  # which is refused below
-    y = model.generate(**x, **cached, **GREEDY)
+    y = model.generate(**x, **GREEDY)
     assert not torch.equal(y, hf(name).generate(**x, **GREEDY))
     with without_cache(method, model, x):
         assert torch.equal(y, model.generate(**x, use_cache=False, **GREEDY))
     alone = {k: v[:1, 3:] for k, v in x.items()}
-    assert torch.equal(model.generate(**alone, **cached, **GREEDY)[0, -NEW:], y[0, -NEW:])
-    beams = model.generate(**x, num_beams=3, **cached, **GREEDY)
+    assert torch.equal(model.generate(**alone, **GREEDY)[0, -NEW:], y[0, -NEW:])
+    beams = model.generate(**x, num_beams=3, **GREEDY)
     with without_cache(method, model, x):
         assert torch.equal(beams, model.generate(**x, num_beams=3, use_cache=False, **GREEDY))
-    best = model.generate(**alone, num_beams=3, **cached, **GREEDY)
+    best = model.generate(**alone, num_beams=3, **GREEDY)
     assert torch.equal(best[0, -NEW:], beams[0, -NEW:])
 
 
@@ -138,17 +137,39 @@ def without_cache(method: str, model: nn.Module, x: dict):
     return peftlab.positions(model, x["attention_mask"].bool()) if told else contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("more", [{}, dict(num_beams=3), dict(cache_implementation="static")], ids=str)
-def test_a_cache_under_xlora_is_refused_with_the_remedy(name, more):
-    model, x = made("xlora", name), batch(name)
-    with pytest.raises(ValueError, match=re.escape("generate(..., use_cache=False)")):
-        model.generate(**x, **more, **GREEDY)
-    y = model.generate(**x, use_cache=False, **GREEDY)  # the refusal has left nothing behind
-    assert torch.equal(y, made("xlora", name).generate(**x, use_cache=False, **GREEDY))
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_both_runs_of_xlora_keep_their_caches_in_step(name):
+    """The user's own loop, a copied cache, one that is cut back; and one that other adapters have filled is refused."""
+    model, x = made("xlora", name), batch(name, rows=1)["input_ids"][:, 3:]
+    wanted = model(input_ids=x, use_cache=False).logits
+    first = model(input_ids=x[:, :3], use_cache=True)
+    branch = copy.deepcopy(first.past_key_values)
+    cache = first.past_key_values
+    steps = [model(input_ids=x[:, i : i + 1], past_key_values=cache).logits for i in range(3, x.shape[1])]
+    close(torch.cat([first.logits, *steps], 1), wanted, 1e-4)
+    close(model(input_ids=x[:, 3:4], past_key_values=branch).logits, wanted[:, 3:4], 1e-4)
+    if name != "gemma3":  # sliding windows forget what cutting back would need
+        branch.crop(-2)
+        close(model(input_ids=x[:, 2:4], past_key_values=branch).logits, wanted[:, 2:4], 1e-4)
+    with peftlab.disabled(model):
+        alone = model(input_ids=x[:, :3], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(input_ids=x[:, 3:4], past_key_values=alone)
+    close(model(input_ids=x, use_cache=False).logits, wanted, 0)  # the refusal has left nothing behind
 
 
-@pytest.mark.parametrize(("method", "name"), [p for p in pairs(CAUSAL) if p.values[0] != "xlora"])
+def test_two_mixtures_each_keep_a_cache_of_their_own():
+    model, x = made("xlora", "llama"), batch("llama", rows=2)
+    x.pop("labels", None)
+    wrapped("xlora", model, 0.3, name="second")
+    peftlab.activate(model, ["default", "second"])
+    assert torch.equal(model.generate(**x, **GREEDY), model.generate(**x, use_cache=False, **GREEDY))
+    with peftlab.route(model, ["default", "second"]):
+        assert torch.equal(model.generate(**x, **GREEDY), model.generate(**x, use_cache=False, **GREEDY))
+
+
+@pytest.mark.parametrize(("method", "name"), pairs(CAUSAL))
 def test_a_static_cache_is_refused_or_gives_the_same(method, name):
     model, x = made(method, name), batch(name)
     y = model.generate(**x, **GREEDY)
@@ -292,19 +313,18 @@ def test_a_real_models_generation(smol, method):
     short = GREEDY | dict(max_new_tokens=5)
     plain = model.generate(**x, **short)
     wrapped(method, model, MOVED.get(method, 0.02))
-    cached = dict(use_cache=method != "xlora")
-    y = model.generate(**x, **cached, **short)
+    y = model.generate(**x, **short)
     assert not torch.equal(y, plain)
     with without_cache(method, model, x):
         assert torch.equal(y, model.generate(**x, use_cache=False, **short))
     for i, text in enumerate(texts):
-        alone = model.generate(torch.tensor([text]), attention_mask=torch.ones(1, len(text), dtype=torch.long), **cached, **short)
+        alone = model.generate(torch.tensor([text]), attention_mask=torch.ones(1, len(text), dtype=torch.long), **short)
         assert torch.equal(alone[0, -5:], y[i, -5:])
     two = dict(num_beams=2) | (short | dict(max_new_tokens=3))
-    beams = model.generate(**x, **cached, **two)
+    beams = model.generate(**x, **two)
     with without_cache(method, model, x):
         assert torch.equal(beams, model.generate(**x, use_cache=False, **two))
     one = {k: v[2:, 2:] for k, v in x.items()}
-    assert torch.equal(model.generate(**one, **cached, **two)[0, 3:], beams[2, 5:])
+    assert torch.equal(model.generate(**one, **two)[0, 3:], beams[2, 5:])
     with peftlab.disabled(model):
         assert torch.equal(model.generate(**x, **short), plain)

@@ -15,7 +15,7 @@ Structure: y - base(x) lies in the span of all B_li
 Family: mixtures
 Paper: Buehler and Buehler 2024, arXiv 2402.07148
 Rate: 1e-3
-Differs: no dropout in the classifier. A KV cache is refused, since the first run would need one of its own; the authors switch it off.
+Differs: no dropout in the classifier. With a KV cache the first run has one of its own, of the same size; the authors switch caches off.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Base, Method, finite, positive_int
-from ..parts import outputs, router, spots
+from ..parts import caches, outputs, router
 
 
 def count(experts: int | list) -> int:
@@ -94,9 +94,8 @@ class XLoRA(Method):
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         if parts[0][0].owner:
-            if any(spots.named(base.site.host, args, kwargs).get(k) is not None for k in spots.CACHES):
-                raise ValueError(f"{base.path!r} was called with a KV cache, which the run for the gates would fill: generate(..., use_cache=False)")
-            return router.twice(lambda: base(*args, **kwargs), [(m.common, m.how, rows) for m, rows in parts])
+            runs = caches.two_runs(base, base.site.host, args, kwargs, "+".join(sorted(m.recipe.name for m, _ in parts)))
+            return router.twice(*runs, [(m.common, m.how, rows) for m, rows in parts])
         out = base(*args, **kwargs)
         if not base.pointwise:
             for m, _ in parts:

@@ -112,14 +112,14 @@ def classifier_size(d: int, dim: int, depth: int, layers: int, experts: int) -> 
     return sum((n + 1) * m for n, m in itertools.pairwise(widths))
 
 
-def twice(run: Callable, parts: list[tuple[Classifier, tuple, Tensor | None]]):
+def twice(read: Callable[[], None], run: Callable, parts: list[tuple[Classifier, tuple, Tensor | None]]):
     """The run without experts that the gates are computed from, and the run with them; parts: (classifier, its options, rows of the batch)."""
     before = [c.reading for c, _, _ in parts]  # rows that stack two mixtures run this inside itself
     for c, _, rows in parts:
         c.set(None, rows)
         c.reading = True
     with torch.no_grad():
-        run()
+        read()
     for (c, how, rows), old in zip(parts, before, strict=True):
         c.reading = old
         c.set(c(c.hidden.value, *how), rows)
