@@ -241,9 +241,10 @@ def check_children(model: nn.Module) -> None:
                 raise ValueError(f"{join(path, key)!r} is a {type(m._modules[key]).__name__} of the model's own, where peftlab keeps adapters: rename it")
 
 
-def check_dtype(dtype: object) -> None:
+def check_dtype(dtype: object, name: str = "dtype") -> None:
+    """Raise TypeError on what is neither None nor a floating dtype; `name` is that of the argument."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype!r}: a floating torch dtype such as torch.bfloat16")
+        raise TypeError(f"{name}={dtype!r}: a floating torch dtype such as torch.bfloat16")
 
 
 def outside_disabled(model: nn.Module, found: list | None = None) -> None:

@@ -79,7 +79,7 @@ def quantize(
             finite or trained in place, and models with merged adapters. The model is then unchanged.
     """
     check(kind, blocksize, double_quant)
-    check_dtype(compute_dtype)
+    check_dtype(compute_dtype, "compute_dtype")
     check_progress(progress)
     root = bare(ensure_module(model))
     outside_disabled(root)

@@ -46,7 +46,7 @@ def load_quantized(
             is then unchanged.
     """
     root = bare(ensure_module(model))
-    check_dtype(compute_dtype)
+    check_dtype(compute_dtype, "compute_dtype")
     check_dtype(dtype)
     check_progress(progress)
     if kind is not None:

@@ -61,7 +61,7 @@ def wrap_quantized(
             then unchanged.
     """
     check(kind, blocksize, double_quant)
-    check_dtype(compute_dtype)
+    check_dtype(compute_dtype, "compute_dtype")
     check_progress(progress)
     positive_int("iters", iters, None)
     if init not in lowrank.CODED:
