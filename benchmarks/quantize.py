@@ -7,6 +7,7 @@ decoding is also given as a share of the bandwidth with which the device copies 
 
     python benchmarks/quantize.py                        # 4096 x 4096, 512 tokens
     python benchmarks/quantize.py --size 2048 --cpu-time
+    python benchmarks/quantize.py --compiled             # with the kernels of peftlab.compile_decoding
     python benchmarks/quantize.py --device cuda
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import peftlab
-from peftlab.quant import kernels
+from peftlab.quant import compiled, kernels
 from peftlab.quant.codes import dequantise, quantise
 
 OURS, THEIRS, DENSE, PLAIN = "peftlab", "bitsandbytes", "dense", "peftlab without Triton"
@@ -143,8 +144,11 @@ def run(size: int, tokens: int, rounds: int, cpu: bool, dtypes: list[torch.dtype
         there = layers(size, dtype)
         rows.append(row(f"forward + backward {short}", {k: trains(m, tokens, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 1.35"))
         rows.append(row(f"one token {short}", {k: decodes(m, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 5"))
+        there = {k: m.eval() for k, m in there.items()}  # bitsandbytes lays its codes out anew then, where it has a kernel for that
+        rows.append(row(f"one token {short}, eval mode", {k: decodes(m, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 5"))
     head = ["", "peftlab ms", "bnb ms", "dense ms", "x bnb", "x dense", "at most", "peftlab MiB", "bnb MiB"]
-    note = f"double quantisation, blocks of 64; {tokens} tokens; medians of {rounds} rounds, {'processor' if cpu else 'wall'} time; the dense weight "
+    note = f"double quantisation, blocks of 64; {tokens} tokens; medians of {rounds} rounds, {'processor' if cpu else 'wall'} time; "
+    note += f"{'with' if compiled._kernels else 'without'} compile_decoding; the dense weight "
     note += f"takes {size * size * 4 / 2**20:.0f} MiB in float32; values equal bit for bit"
     show(f"nf4 and fp4, {size} x {size}", head, rows, note)
 
@@ -281,10 +285,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--compiled", action="store_true", help="on the CPU, with the kernels of peftlab.compile_decoding")
     parser.add_argument("--cpu-time", action="store_true", help="processor time and one thread, for machines that are busy with other things")
     a = parser.parse_args()
     if a.cpu_time:
         torch.set_num_threads(1)
+    if a.compiled:
+        peftlab.compile_decoding()
     dtypes = [getattr(torch, d) for d in a.dtypes]
     if a.device == "cuda":
         run_cuda(a.size, a.tokens, a.rounds, dtypes)

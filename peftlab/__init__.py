@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .patterns import PatternError
     from .positions import positions
     from .quant.api import dequantize, quantize
+    from .quant.compiled import compile_decoding
     from .quant.load import load_quantized
     from .quant.starts import wrap_quantized
     from .registry import methods
@@ -47,6 +48,7 @@ _WHERE = {
     "positions": "positions",
     **dict.fromkeys(("quantize", "dequantize"), "quant.api"),
     "load_quantized": "quant.load",
+    "compile_decoding": "quant.compiled",
     "wrap_quantized": "quant.starts",
     "report": "report",
     "route": "route",
@@ -56,10 +58,10 @@ _WHERE = {
 }
 
 __all__ = [
-    "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "dequantize", "disabled", "drop_network",
-    "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "param_groups", "plan", "positions", "prefix_from", "quantize",
-    "report", "rescale", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view", "watch", "wrap",
-    "wrap_quantized",
+    "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "compile_decoding", "dequantize", "disabled",
+    "drop_network", "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "param_groups", "plan", "positions", "prefix_from",
+    "quantize", "report", "rescale", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view",
+    "watch", "wrap", "wrap_quantized",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from torch import nn
 import peftlab
 from peftlab.quant import codes as C
 from peftlab.quant import kernels as K
-from peftlab.quant.linear import multiply
+from peftlab.quant.ops import multiply
 
 KINDS, FOUR = ("nf4", "fp4", "int8"), ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -429,6 +429,31 @@ FAULTS = [
         "return g[:, :, 0]",
         "xlora_is_its_formula", "test_mixtures.py",
     ),
+    # ---- in the caches of a model that runs twice
+    Fault("beams do not reorder X-LoRA's second cache", "parts/caches.py", '"reorder_cache", ', "", "test_generation and xlora", "test_mixtures.py"),
+    Fault(
+        "both runs of X-LoRA fill one cache", "parts/caches.py",
+        "{key: twin(given[key], name)}",
+        "{key: given[key]}",
+        "test_generation and xlora", "test_mixtures.py",
+    ),
+    Fault("X-LoRA's second cache is not cut back", "parts/caches.py", '"crop", ', "", "in_step", "test_generation.py"),
+    Fault("X-LoRA's second cache does not take its rows twice", "parts/caches.py", '"batch_repeat_interleave", ', "", "whose_rows_change", "test_mixtures.py"),
+    Fault("X-LoRA's second cache keeps rows that are gone", "parts/caches.py", '"batch_select_indices", ', "", "whose_rows_change", "test_mixtures.py"),
+    Fault("X-LoRA's second cache is not emptied", "parts/caches.py", ', "reset")', ")", "whose_rows_change", "test_mixtures.py"),
+    Fault(
+        "X-LoRA takes a cache that other adapters have filled", "parts/caches.py",
+        "if held is None and not there:",
+        "if held is None:",
+        "in_step", "test_generation.py",
+    ),
+    Fault(
+        "the caches that X-LoRA's runs have made do not find each other", "parts/caches.py",
+        "            pair(cache, made[0], name)\n        return out",
+        "            pass\n        return out",
+        "in_step", "test_generation.py",
+    ),
+    Fault("two X-LoRAs share a second cache", "parts/caches.py", "twin(given[key], name)", 'twin(given[key], "")', "two_mixtures", "test_generation.py"),
     # ---- in packed weights
     Fault(
         "the scale of the block before", "quant/codes.py",
@@ -443,11 +468,42 @@ FAULTS = [
         "nearest_value or bit_for_bit", "test_quant.py",
     ),
     Fault(
-        "backward multiplies the way forward does", "quant/linear.py",
+        "backward multiplies the way forward does", "quant/ops.py",
         "ctx.form, not ctx.transposed, *ctx.saved_tensors",
         "ctx.form, ctx.transposed, *ctx.saved_tensors",
         "test_gradients", "test_quant.py",
     ),
+    Fault("autocast reaches into a product", "quant/ops.py", "if torch.is_autocast_enabled(x.device.type):", "if False:", "under_autocast", "test_quant.py"),
+    Fault(
+        "a compiled backward multiplies the way forward does", "quant/ops.py",
+        "*facts, not ctx.transposed)",
+        "*facts, ctx.transposed)",
+        "operator", "test_quant_compile.py",
+    ),
+    Fault("a compiler is told another shape", "quant/ops.py", "shape[transposed]", "shape[not transposed]", "operator", "test_quant_compile.py"),
+    Fault(
+        "an exported layer holds our operator", "quant/ops.py", "    if exporting():\n", "    if False:\n", "needs_no_peftlab", "test_quant_compile.py",
+    ),
+    Fault(
+        "a compiled kernel rounds ties up", "quant/compiled.py",
+        "return bits + 0x7FFF + ((bits >> 16) & 1)",
+        "return bits + 0x8000",
+        "same_bits", "test_quant_compile.py",
+    ),
+    Fault("a compiled kernel swaps the halves of a byte", "quant/compiled.py", "for low in (4, 0)", "for low in (0, 4)", "compiled", "test_quant_compile.py"),
+    Fault(
+        "a compiled kernel rounds what is not finite", "quant/compiled.py",
+        "if not math.isfinite(top.sum().item()):",
+        "if False:",
+        "not_finite", "test_quant_compile.py",
+    ),
+    Fault(
+        "a compiled product forgets to round the weight", "quant/compiled.py",
+        "narrow = NARROW in (form.dtype, form.cast, x.dtype)",
+        "narrow = False",
+        "one_token or serve_layers", "test_quant_compile.py",
+    ),
+    Fault("a compiled product has no bias", "quant/compiled.py", "(y if b is None else y + b)", "y", "one_token", "test_quant_compile.py"),
     Fault(
         "what is merged is rounded to codes unasked", "quant/merging.py",
         'if onto is None or onto.how != "requantized" or param',

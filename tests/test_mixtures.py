@@ -491,6 +491,24 @@ def test_generation(name):
     assert torch.equal(*beams)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "rows", "kept"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1], 6),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1], 6),
+        (lambda cache: cache.reset(), [0, 1], 0),
+    ],
+    ids=["repeated", "chosen", "emptied"],
+)
+def test_a_cache_whose_rows_change_goes_on_as_if_nothing_were_cached(change, rows, kept):
+    model, (ids, _) = mixture(), prompts()
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    change(cache)
+    wanted = model(ids[rows], use_cache=False).logits[:, kept:]
+    torch.testing.assert_close(model(ids[rows][:, kept:], past_key_values=cache).logits, wanted, **NEAR)
+
+
 @pytest.mark.parametrize("layerwise", [True, False])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_agreement_with_hf_peft(layerwise, depth, tmp_path):

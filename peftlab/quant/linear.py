@@ -17,69 +17,13 @@ from torch import Tensor, nn
 from .. import layers
 from ..host import Adapted, adapted_class, original_class, seen_of
 from . import format as keys
-from . import kernels
-from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, entries, fill, tables
+from . import ops
+from .codes import Packed, entries
 
 SCALES = ("absmax", "nested_absmax", "nested_offset")  # suffixes of the buffers, in the order of Packed
 
 
 # ---------------------------------------------------------------- the product
-
-
-class Product(torch.autograd.Function):
-    """x W' + b, or x W: the weight is decoded in tiles, and backward keeps its codes."""
-
-    @staticmethod
-    def forward(x: Tensor, b: Tensor | None, form: Format, transposed: bool, codes, absmax, nested_absmax, offset) -> Tensor:
-        # One name a tensor: torch.compile counts names, and would hand its context to a forward with *tensors.
-        return multiply(x, b, Packed(form, codes, absmax, nested_absmax, offset), transposed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, _, ctx.form, ctx.transposed, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        gx = Product.apply(g, None, ctx.form, not ctx.transposed, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
-        gb = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return gx, gb, None, None, None, None, None, None
-
-
-def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor:
-    """x (..., n_in) W' + b, or x (..., n_out) W, in the dtype of x; no more of W than a tile is dense at a time."""
-    n_out, n_in = p.format.shape
-    flat = x.reshape(-1, x.shape[-1])
-    if kernels.fuses(flat, p, transposed):
-        out = x.new_empty(*x.shape[:-1], n_in if transposed else n_out)
-        kernels.multiply(flat, b, p, None if p.format.kind == "int8" else tables(p.format.kind, x.device), transposed, out)
-        return out
-    rows = max(1, (WIDE if x.is_cuda else DECODE if len(flat) < FEW else TILE) // max(n_in, 1))
-    if rows >= n_out or n_out * n_in <= TILE // 4:
-        W = tile(p, 0, n_out, x.new_empty(n_out * n_in))
-        return x @ W if transposed else F.linear(x, W, b)
-    out = x.new_zeros(*x.shape[:-1], n_in) if transposed else x.new_empty(*x.shape[:-1], n_out)
-    y = out.view(len(flat), out.shape[-1])
-    memory = x.new_empty(rows * n_in)
-    for i in range(0, n_out, rows):
-        j = min(i + rows, n_out)
-        W = tile(p, i, j, memory)
-        if transposed:
-            y.addmm_(flat[:, i:j], W)
-        elif b is None:
-            torch.mm(flat, W.t(), out=y[:, i:j])
-        else:
-            torch.addmm(b[i:j], flat, W.t(), out=y[:, i:j])
-    return out  # no view: what is added in place to a product must be the tensor that autograd knows
-
-
-def tile(p: Packed, i: int, j: int, memory: Tensor) -> Tensor:
-    """Rows i..j of the weight in `memory`, rounded to the weight's own dtype and then cast to the memory's."""
-    n, form = p.format.shape[1], p.format
-    W = memory[: (j - i) * n]
-    fill(p, i * n, j * n, W)
-    W = W.view(j - i, n)
-    return W if form.cast in (None, W.dtype) else W.to(form.cast).to(W.dtype)
 
 
 def activation(x: Tensor) -> torch.dtype:
@@ -91,8 +35,7 @@ def product(m: nn.Module, x: Tensor, b: Tensor | None) -> Tensor:
     """The frozen product of a packed linear-like layer."""
     p, kind = packed(m, "weight"), activation(x)
     dtype = p.format.compute or kind
-    y = Product.apply(x.to(dtype), None if b is None else b.to(dtype), p.format, False, *p[1:])
-    return y.to(kind)
+    return ops.product(x.to(dtype), None if b is None else b.to(dtype), p).to(kind)
 
 
 # ---------------------------------------------------------------- the rules
@@ -170,7 +113,7 @@ class Packing(layers.Quantised):
 
     def peftlab_dense(self, param: str, kept: dict[str, Tensor]) -> Tensor:
         p = packed(self, param, kept)
-        W = dequantise(p).to(p.format.out)
+        W = ops.dense(p).to(p.format.out)
         return W.t() if self._packed_flip else W
 
     def extra_repr(self) -> str:

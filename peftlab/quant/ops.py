@@ -1,0 +1,153 @@
+"""The operations of layers with packed weights: the product, with its backward, and the dense weight.
+
+torch.compile sees one operator for each, whose insides run as they do without a compiler: traced, the tiles of a 4096 x 4096 layer are hundreds of
+nodes, which take most of a minute to compile and then run slower. torch.export sees PyTorch's own operations on the whole weight, so that what it
+writes needs no peftlab where it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import compiled, kernels
+from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, exporting, fill, scales, tables
+
+
+def product(x: Tensor, b: Tensor | None, p: Packed) -> Tensor:
+    """x W' + b in the dtype of x, differentiable in x and b."""
+    if exporting():
+        W = dequantise(p)
+        return F.linear(x, (W if p.format.cast is None else W.to(p.format.cast)).to(x.dtype), b)
+    if torch.compiler.is_compiling():
+        return packed_product(x, b, *_parts(p), False)
+    return Product.apply(x, b, p.format, False, *p[1:])
+
+
+def dense(p: Packed) -> Tensor:
+    """The decoded weight in its own dtype."""
+    if torch.compiler.is_compiling() and not exporting():
+        return packed_dense(*_parts(p))
+    return dequantise(p)
+
+
+# ---------------------------------------------------------------- the product
+
+
+class Product(torch.autograd.Function):
+    """x W' + b, or x W: the weight is decoded in tiles, and backward keeps its codes."""
+
+    @staticmethod
+    def forward(x: Tensor, b: Tensor | None, form: Format, transposed: bool, *tensors: Tensor | None) -> Tensor:
+        return multiply(x, b, Packed(form, *tensors), transposed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, _, ctx.form, ctx.transposed, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        gx = Product.apply(g, None, ctx.form, not ctx.transposed, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        return gx, _bias_gradient(g) if ctx.needs_input_grad[1] else None, *(None,) * 6
+
+
+def _bias_gradient(g: Tensor) -> Tensor:
+    return g.reshape(-1, g.shape[-1]).sum(0)
+
+
+def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor:
+    """x (..., n_in) W' + b, or x (..., n_out) W, in the dtype of x whatever autocast says; no more of W than a tile is dense at a time."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return multiply(x, b, p, transposed)
+    n_out, n_in = p.format.shape
+    flat = x.reshape(-1, x.shape[-1])
+    if kernels.fuses(flat, p, transposed):
+        out = x.new_empty(*x.shape[:-1], n_in if transposed else n_out)
+        kernels.multiply(flat, b, p, None if p.format.kind == "int8" else tables(p.format.kind, x.device), transposed, out)
+        return out
+    if compiled.fuses(flat, p, transposed) and (found := compiled.multiply(flat, b, p, functools.partial(scales, p))) is not None:
+        return found.view(*x.shape[:-1], n_out)
+    few = len(flat) < FEW and not compiled.serves(p, x)  # a compiled kernel has no temporaries that a small tile would keep in the cache
+    rows = max(1, (WIDE if x.is_cuda else DECODE if few else TILE) // max(n_in, 1))
+    if rows >= n_out or n_out * n_in <= TILE // 4:
+        W = tile(p, 0, n_out, x.new_empty(n_out * n_in))
+        return x @ W if transposed else F.linear(x, W, b)
+    out = x.new_zeros(*x.shape[:-1], n_in) if transposed else x.new_empty(*x.shape[:-1], n_out)
+    y = out.view(len(flat), out.shape[-1])
+    memory = x.new_empty(rows * n_in)
+    for i in range(0, n_out, rows):
+        j = min(i + rows, n_out)
+        W = tile(p, i, j, memory)
+        if transposed:
+            y.addmm_(flat[:, i:j], W)
+        elif b is None:
+            torch.mm(flat, W.t(), out=y[:, i:j])
+        else:
+            torch.addmm(b[i:j], flat, W.t(), out=y[:, i:j])
+    return out  # no view: what is added in place to a product must be the tensor that autograd knows
+
+
+def tile(p: Packed, i: int, j: int, memory: Tensor) -> Tensor:
+    """Rows i..j of the weight in `memory`, rounded to the weight's own dtype and then cast to the memory's."""
+    n, form = p.format.shape[1], p.format
+    W = memory[: (j - i) * n]
+    fill(p, i * n, j * n, W)
+    W = W.view(j - i, n)
+    return W if form.cast in (None, W.dtype) else W.to(form.cast).to(W.dtype)
+
+
+# ---------------------------------------------------------------- what a compiler sees
+
+
+def _parts(p: Packed) -> tuple:
+    """What an operator is told of a packed tensor. By names: torch 2.6 cannot trace slices and properties of a named tuple."""
+    form = p.format
+    return p.codes, p.absmax, p.nested_absmax, p.offset, form.kind, list(form.shape), form.dtype, form.cast, form.blocksize
+
+
+def _packed(codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize) -> Packed:
+    return Packed(Format(kind, tuple(shape), dtype, blocksize, nested_absmax is not None, cast=cast), codes, absmax, nested_absmax, offset)
+
+
+_PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str kind, int[] shape, ScalarType dtype, ScalarType? cast, int blocksize"
+
+
+@torch.library.custom_op("peftlab::packed_product", mutates_args=(), schema=f"(Tensor x, Tensor? b, {_PARTS}, bool transposed) -> Tensor")
+def packed_product(x, b, codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize, transposed):
+    """`multiply`, with the packed tensor in parts."""
+    return multiply(x, b, _packed(codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize), transposed)
+
+
+@packed_product.register_fake
+def _(x, b, codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize, transposed):
+    return x.new_empty(*x.shape[:-1], shape[transposed])
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, _, *tensors, ctx.kind, ctx.shape, ctx.dtype, ctx.cast, ctx.blocksize, ctx.transposed = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, g):
+    facts = ctx.kind, ctx.shape, ctx.dtype, ctx.cast, ctx.blocksize
+    gx = packed_product(g, None, *ctx.saved_tensors, *facts, not ctx.transposed) if ctx.needs_input_grad[0] else None
+    return gx, _bias_gradient(g) if ctx.needs_input_grad[1] else None, *(None,) * 10
+
+
+packed_product.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("peftlab::packed_dense", mutates_args=(), schema=f"({_PARTS}) -> Tensor")
+def packed_dense(codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize):
+    """`dequantise`, with the packed tensor in parts."""
+    return dequantise(_packed(codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize))
+
+
+@packed_dense.register_fake
+def _(codes, absmax, nested_absmax, offset, kind, shape, dtype, cast, blocksize):
+    return absmax.new_empty(shape, dtype=dtype)
