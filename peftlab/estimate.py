@@ -5,8 +5,9 @@ memory (torch's fake tensors), and every tensor it would allocate is counted fro
 touched. What a kernel takes for itself, and what the allocator rounds up, is not seen: `Estimate.ACTIVATION_ERROR` and
 `Estimate.PEAK_ERROR` state how far that was off in benchmarks/estimate.py.
 
-A 4-bit base (`base="nf4"`) costs n / 2 bytes of codes and one scale for each block of 64; the scales take n / 64 bytes and 4 for
-each 256 of them with double quantisation (0.516 bytes an entry), 4 n / 64 bytes without (0.5625).
+A 4-bit base (`base="nf4"` or "fp4") costs n / 2 bytes of codes and one scale for each block of 64; the scales take n / 64 bytes and 4
+for each 256 of them with double quantisation (0.516 bytes an entry), 4 n / 64 bytes without (0.5625). An 8-bit base (`base="int8"`)
+costs n bytes of codes and 4 for each row.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ from .host import CHILD, SHARED, Shape, Site, as_kind, bare, changes_bias, fence
 from .io.file import encode
 from .io.native import _settings, _site_facts, compares, fingerprint, surrounded
 from .method import Method
-from .patterns import PatternError
-from .quant.codes import DECODE, TILE, WIDE
+from .patterns import PatternError, did_you_mean
+from .quant.api import works_on_codes
+from .quant.codes import DECODE, FORMATS, TILE, WIDE
+from .quant.codes import outline as packed_outline
 from .registry import resolve
 from .report import acts
 from .sites import default_targets, ensure_module, identity, join
 from .table import table
 from .wrap import _Request, _request, attach, build, check_method
-
-BLOCK, SCALES = 64, 256  # entries that share a scale, scales that share a second one (double quantisation)
-
 
 # ---------------------------------------------------------------- optimizers
 
@@ -205,7 +205,8 @@ def estimate(
             dimension is the vocabulary's, else the mean of its first output.
         master: trained tensors of lower precision have a float32 copy and float32 optimizer states (mixed precision training).
         master_gradients: such tensors also have a float32 gradient that accumulates; by default as `master`.
-        base: "nf4" counts the frozen linear weights (but the head) at 4 bits, as if quantised; `double_quant` packs the scales too.
+        base: "nf4", "fp4" or "int8" counts the frozen linear weights (but the head) as if quantised so, in blocks of 64; `double_quant` packs the
+            scales of nf4 and fp4 too.
         data: taken for the sake of the same call as `wrap`, and not looked at.
 
     Raises:
@@ -214,8 +215,9 @@ def estimate(
     ensure_module(model)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r}: one of {', '.join(OPTIMIZERS)}")
-    if base not in (None, "nf4"):
-        raise ValueError(f"base={base!r}: None or 'nf4'")
+    if base is not None and not (isinstance(base, str) and base in FORMATS):
+        hint = did_you_mean(base, FORMATS) if isinstance(base, str) else ""
+        raise ValueError(f"base={base!r}: None or one of {', '.join(map(repr, FORMATS))}.{hint}")
     for what, value in (("batch", batch), ("length", length)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{what}={value!r}: a whole number of at least 1")
@@ -321,7 +323,8 @@ def _base_bytes(req: _Request, facts: _Facts, want: _Want) -> tuple[int, int]:
             continue
         done.add(identity(W))
         size = W.numel() * W.element_size()
-        saved += size - nf4_bytes(W.numel(), want.double_quant)
+        flip = isinstance(site.rule, layers.Conv1D) and works_on_codes(req.model, site)  # int8 has a scale for each row of the canonical matrix
+        saved += size - packed_outline(tuple(W.shape[::-1] if flip else W.shape), W.dtype, want.base, None, want.double_quant).nbytes
         decoded = 0 if W.dtype == torch.float32 else 4 * min(W.numel(), DECODE)  # before it is rounded
         largest = max(largest, min(W.numel(), WIDE if W.is_cuda else TILE) * W.element_size() + decoded)
     return saved, largest
@@ -333,12 +336,6 @@ class _Linears(Method):
     @classmethod
     def fits(cls, site) -> bool:
         return isinstance(site.rule, layers.Linear)
-
-
-def nf4_bytes(n: int, double_quant: bool = True) -> int:
-    """Bytes of n entries at 4 bits: codes, one scale a block of 64; with double quantisation 8-bit scales, one float32 for 256 of them, and their mean."""
-    blocks = -(-n // BLOCK)
-    return -(-n // 2) + (blocks + 4 * -(-blocks // SCALES) + 4 if double_quant else 4 * blocks)
 
 
 # ---------------------------------------------------------------- counts

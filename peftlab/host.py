@@ -210,6 +210,12 @@ class Stack(nn.Module):
         self.alias, self.untied, self.unready, self.onto = {}, {}, set(), None
         self.fused, self.route, self.within, self.chosen = (), None, (), None
 
+    def __getstate__(self) -> dict:
+        """A copy made inside `disabled` is a reference without adapters, for good; inside `route` rows have adapters of a batch that it will not see."""
+        if self.route is not None:
+            raise ValueError("inside `with route(model, ...)` a model cannot be copied or pickled: the copy would never leave the block. Copy it before.")
+        return self.__dict__
+
     # ---- adapters
     def add(self, name: str, pairs: list[tuple[Site, Method]]) -> None:
         self.sites[name] = pairs

@@ -39,6 +39,11 @@ def holds_codes(m: nn.Module, param: str | None) -> bool:
     return isinstance(m, Quantised) and param in m.peftlab_formats and not m._parameters[param].is_floating_point()
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for a device; meta has none, and torch raises when asked."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def values(m: nn.Module, param: str) -> Tensor:
     """A parameter in its raw layout: itself, or what its codes stand for."""
     return m.peftlab_dense(param, {}) if holds_codes(m, param) else m._parameters[param]
@@ -49,7 +54,8 @@ def outline(m: nn.Module, param: str) -> Tensor | None:
     if not holds_codes(m, param):
         return m._parameters.get(param)
     form = m.peftlab_formats[param]
-    return torch.empty(form.shape[::-1] if m._packed_flip else form.shape, dtype=form.out, device="meta")
+    W = torch.empty(form.shape, dtype=form.out, device="meta")
+    return W.t() if m._packed_flip else W
 
 
 def foreign(t: Tensor | None) -> bool:

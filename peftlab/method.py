@@ -213,7 +213,7 @@ class Base:
         """self(x) + mix(B, h), in place where the output of the call below is known to be fresh."""
         site = self.site
         # Forward hooks of the frozen call do not exist (it is the class's forward), so the functional form is the same call.
-        if not self.below and not torch.is_autocast_enabled(x.device.type):
+        if not self.below and not layers.autocasting(x.device):
             W = site.host._parameters.get(site.param)
             if W is not None and site.rows is None and (W.dtype == x.dtype or layers.holds_codes(site.host, site.param)):
                 y = site.rule.plus(site.host, W, self.bias, x, B, h)

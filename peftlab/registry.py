@@ -80,6 +80,9 @@ def entries() -> dict[str, Entry]:
 
 def methods(family: str | None = None, aliases: bool = True) -> list[Entry]:
     """The registry as rows, filterable by family; aliases are names of the literature that are settings of another method."""
+    families = sorted({e.family for e in entries().values()} - {""})
+    if family is not None and family not in families:
+        raise ValueError(f"there is no family {family!r}.{did_you_mean(str(family), families)} There are: {', '.join(families)}.")
     return [e for _, e in sorted(entries().items()) if (family is None or e.family == family) and (aliases or not e.alias)]
 
 

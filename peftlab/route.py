@@ -33,7 +33,8 @@ def route(model: nn.Module, names: Iterable[str | Iterable[str] | None], *, batc
         batch_dim: the dimension of the layers' inputs that counts the rows (1 for models with the sequence first).
 
     Raises:
-        ValueError: for unknown names, merged adapters, adapters trained in place, and methods that cannot be told apart by row.
+        ValueError: for unknown names, merged adapters, adapters trained in place, and methods that cannot be told apart by row,
+            among them those around a call whose module has the sequence before the batch, where they do not know the layout.
             During the block, a layer whose batch does not have that many rows raises with its path.
     """
     found, there = survey(ensure_module(model))
@@ -41,7 +42,9 @@ def route(model: nn.Module, names: Iterable[str | Iterable[str] | None], *, batc
         raise ValueError(f"batch_dim={batch_dim!r}: the number of a dimension, counted from 0")
     wanted = _rows(names, there)
     outside_disabled(model, found)
-    _refuse(found, {n for row in wanted for n in row})
+    asked = {n for row in wanted for n in row}
+    _refuse(found, asked)
+    _refuse_sequence_first(bare(model), found, asked)
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(wanted):
         groups.setdefault(row, []).append(i)
@@ -85,6 +88,24 @@ def _refuse(found: list[tuple[str, nn.Module, Stack]], wanted: set[str]) -> None
                     raise ValueError(f"{m.recipe.label} at {site.path!r} changes a call as a whole: its rows cannot be told apart")
 
 
+def _refuse_sequence_first(root: nn.Module, found: list[tuple[str, nn.Module, Stack]], wanted: set[str]) -> None:
+    """Methods around a call take the first dimension for the batch's, unless they know the layout themselves."""
+    pairs = [(host, site, m) for _, host, s in found for n, here in s.sites.items() if n in wanted for site, m in here]
+    pairs = [(host, site, m) for host, site, m in pairs if m.surrounds() and not getattr(m, "any_layout", False)]
+    parents = Model.of(root).parents if pairs else {}
+    for host, site, m in pairs:
+        above = [host]
+        while above:
+            top = above.pop()
+            dim = _told_dim(top)
+            if dim == 1:
+                raise ValueError(
+                    f"{m.recipe.label} at {site.path!r} takes rows from the first dimension, and its {hosts.original_class(top).__name__} has the sequence "
+                    "there (batch_first=False): build the model with batch_first=True, or run the rows one by one"
+                )
+            above += parents.get(id(top), ()) if dim is None else ()
+
+
 def _boundaries(root: nn.Module, found: list[tuple[str, nn.Module, Stack]]) -> list[nn.Module]:
     """Say which module runs once a group for the weights that are read; returns the modules that had to be made adaptable for it."""
     read = [(host, s) for _, host, s in found if s.read]
@@ -119,6 +140,8 @@ def run(host: nn.Module, stack: Stack, routed: Routed, args: tuple, kwargs: dict
     parts = [(links, _each(rows, size // routed.route.rows)) for links, rows in routed.parts]
     if len(parts) == 1 and not routed.within:
         return hosts.run_links(host, stack, parts[0][0], args, kwargs)
+    if isinstance(host, nn.Embedding):
+        args, kwargs = _for_each_row(size, routed.route.dim, *hosts.first_input(args, kwargs))
     if routed.within:
         call = functools.partial(_whole, host, routed, parts, size)
     elif any(links.weights for links, _ in parts):
@@ -138,15 +161,19 @@ _INPUTS = ("hidden_states", "input_ids", "inputs_embeds", "input", "x", "query",
 
 def _dim(host: nn.Module, route: Route) -> int:
     """The batch's dimension in the host's input and first output."""
-    layer = host.layers[0] if isinstance(host, nn.TransformerEncoder) else host  # the encoder looks at its first layer's weights
+    told = _told_dim(host)
+    return route.dim if told is None else told
+
+
+def _told_dim(host: nn.Module) -> int | None:
+    """The same where one of torch's own modules says it, one of several layers by the first."""
+    layer = host.layers[0] if isinstance(host, (nn.TransformerEncoder, nn.TransformerDecoder)) and len(host.layers) else host
     teller = getattr(layer, "self_attn", layer) if isinstance(layer, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else layer
-    if isinstance(teller, (nn.RNNBase, nn.MultiheadAttention)):
-        return 0 if teller.batch_first else 1
-    return route.dim
+    return (0 if teller.batch_first else 1) if isinstance(teller, (nn.RNNBase, nn.MultiheadAttention)) else None
 
 
 def _batch_size(host: nn.Module, route: Route, args: tuple, kwargs: dict) -> int:
-    """The rows of the batch; at least one a route's entry (a batch of one row is the same for all)."""
+    """The rows of the batch; at least one a route's entry (ids of one row, as of positions, are the same for all)."""
     named_first = [kwargs[k] for k in _INPUTS if k in kwargs]
     x = next((t for t in [*args, *named_first, *kwargs.values()] if isinstance(t, Tensor)), None)
     dim = _dim(host, route)
@@ -158,7 +185,7 @@ def _batch_size(host: nn.Module, route: Route, args: tuple, kwargs: dict) -> int
             "give ids a batch dimension, as in ids[None]"
         )
     size = x.shape[dim]
-    if size != 1 and size % route.rows:
+    if size % route.rows and not (size == 1 and isinstance(host, nn.Embedding)):
         raise ValueError(
             f"a {hosts.original_class(host).__name__} got {tuple(x.shape)} inside route(...), where dimension {dim} has no multiple of the {route.rows} "
             "rows that were named. Name one adapter a row of the batch; batch_dim= says which dimension counts them."
@@ -166,9 +193,9 @@ def _batch_size(host: nn.Module, route: Route, args: tuple, kwargs: dict) -> int
     return route.rows if size == 1 else size
 
 
-def _widened(x, size: int, dim: int):
-    """A tensor that is the same for all rows (position ids), once for each of them."""
-    return x.expand(*x.shape[:dim], size, *x.shape[dim + 1 :]) if isinstance(x, Tensor) and x.ndim > dim and x.shape[dim] == 1 < size else x
+def _for_each_row(size: int, dim: int, ids: Tensor, rest: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The call of an embedding with ids for each row, also where they are the same for all."""
+    return (ids.expand(*ids.shape[:dim], size, *ids.shape[dim + 1 :]), *rest), kwargs
 
 
 def _whole(host: nn.Module, routed: Routed, parts: list, size: int, args: tuple, kwargs: dict):
@@ -182,8 +209,6 @@ def _whole(host: nn.Module, routed: Routed, parts: list, size: int, args: tuple,
                 f"{type(value).__name__}, which every run would write to. In transformers: use_cache=False."
             )
     dim, outs = _dim(host, routed.route), []
-    if args:
-        args = (_widened(args[0], size, dim), *args[1:])
     try:
         for i in range(len(parts)):
             for s, links in routed.within:
@@ -238,7 +263,6 @@ def _joint(rows: list[list[int]]) -> list[int]:
 def _sorted(host: nn.Module, stack: Stack, dim: int, parts: list, size: int, args: tuple, kwargs: dict) -> Tensor:
     """A surrounded layer: each group of rows runs its own methods; those share one run of the frozen layer."""
     x, rest, kwargs = hosts.first_input(args, kwargs)
-    x = _widened(x, size, dim)
     rows = [r for _, r in parts]
     order = _joint(rows)
     if order != sorted(order):
@@ -276,10 +300,10 @@ class _Known(Link):
 
 
 class _Below(Link):
-    """A function in the place of what lies below a surrounding method."""
+    """A function in the place of what lies below a surrounding method, and the methods of each call that it goes through."""
 
-    def __init__(self, call: Callable):
-        self.call = call
+    def __init__(self, call: Callable, acting: tuple[list[Method], ...]):
+        self.call, self.acting = call, acting
 
     def __call__(self, base: Base, *args, **kwargs):
         return self.call(args, kwargs)
@@ -287,6 +311,7 @@ class _Below(Link):
 
 def _around(host: nn.Module, call: Callable, parts: list[tuple[Links, list[int]]], route: Route) -> Callable:
     """The calls that surround the host, outermost last: at each depth those of one class run together, since their rows are disjoint."""
+    done: tuple[list[Method], ...] = ()
     for depth in range(max(len(links.calls) for links, _ in parts)):
         if route.dim:
             raise ValueError(f"batch_dim={route.dim}: methods that surround a call have the batch first")
@@ -297,10 +322,10 @@ def _around(host: nn.Module, call: Callable, parts: list[tuple[Links, list[int]]
                 level.setdefault(type(m), {}).setdefault(id(m), (site, m, []))[2].extend(rows)
         for cls, acting in level.items():
             site = next(iter(acting.values()))[0]
-            call = functools.partial(_level, cls, site, call, [(m, torch.tensor(rows)) for _, m, rows in acting.values()])
+            call = functools.partial(_level, cls, site, _Below(call, done), [(m, torch.tensor(rows)) for _, m, rows in acting.values()])
+            done = (*done, [m for _, m, _ in acting.values()])
     return call
 
 
-def _level(cls: type[Method], site: Site, below: Callable, parts: list[tuple[Method, Tensor]], args: tuple, kwargs: dict):
-    under = _Below(below)
-    return cls.routed(Base(site, ((under, under),), None), parts, *args, **kwargs)
+def _level(cls: type[Method], site: Site, below: _Below, parts: list[tuple[Method, Tensor]], args: tuple, kwargs: dict):
+    return cls.routed(Base(site, ((below, below),), None), parts, *args, **kwargs)

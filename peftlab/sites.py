@@ -351,6 +351,7 @@ def select_from(model: Model, cls: type[Method], label: str, there: list[Site], 
     counts: dict[str, int] = {}
     if targets is None:
         found = [s for s in default_targets(model, there, cls) if cls.fits(s)]
+        _refuse_head_alone(model, cls, label, there, found)
         if not found:
             raise PatternError(
                 f"{label} finds nothing to sit at by default in this {type(model.root).__name__}; say targets={cls.elsewhere or '...'}"
@@ -565,6 +566,25 @@ def default_targets(model: Model, there: list[Site], cls: type[Method]) -> list[
     return linear + rest or [s for s in usable if isinstance(s.rule, layers.Embedding)]
 
 
+def _refuse_head_alone(model: Model, cls: type[Method], label: str, there: list[Site], found: list[Site]) -> None:
+    """A default that is the output head means the model's only layer, not the only one that the method fits."""
+    heads = head(model) if cls.on == "matrix" and cls.place is None and len({id(s.host) for s in found}) == 1 else []
+    if not found or found[0].host not in heads:
+        return
+    others = [s for s in there if not s.explicit and s.host not in heads and _layerlike(s) and not cls.fits(s)]
+    if others:
+        why = "the weight is read there without the layer being called" if all(s.read_only for s in others) else "as their kind or shape says"
+        raise PatternError(
+            f"{label} fits the output head {found[0].path!r} alone, and none of the {len(others)} other layers ({others[0].path!r} and so on): {why}. "
+            "Say targets=':head' if that is meant." + _alternatives(model, [s.host for s in others])
+        )
+
+
+def _layerlike(s: Site) -> bool:
+    """A linear-like layer, a convolution or a recurrent weight."""
+    return isinstance(s.rule, (layers.Linear, layers.Conv)) or _of_attention(s) or isinstance(s.host, (nn.RNNBase, nn.RNNCellBase))
+
+
 def _of_attention(s: Site) -> bool:
     return isinstance(s.host, nn.MultiheadAttention) and not s.explicit
 
@@ -672,3 +692,11 @@ def ensure_module(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def refuse_inference_tensors(model: nn.Module) -> None:
+    """Nothing can be trained through a tensor of torch's inference mode, and writes to it cannot be seen."""
+    for path, m in walk(model):
+        for n, t in [*m._parameters.items(), *m._buffers.items()]:
+            if t is not None and t.is_inference():
+                raise ValueError(f"{join(path, n)!r} was made inside torch.inference_mode(), so nothing can be trained through it: make the model outside")

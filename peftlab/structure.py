@@ -126,8 +126,13 @@ PLACES[":linears"] = linears
 
 
 def adapted(model: Model) -> list[nn.Module]:
-    """The modules that hold adapters already; where none does, the linear-like layers of the blocks."""
-    return [m for m in model.modules.values() if isinstance(m, Adapted) and m._modules[CHILD].sites] or linears(model)
+    """The linear-like layers whose weight has an adapter already; where none has, those of the blocks."""
+    return [m for m in model.modules.values() if isinstance(layers.rule_of(m), layers.Linear) and _weighed(m)] or linears(model)
+
+
+def _weighed(m: nn.Module) -> bool:
+    """Whether it holds an adapter that says something about a weight."""
+    return isinstance(m, Adapted) and any(method.has_weight() for pairs in m._modules[CHILD].sites.values() for _, method in pairs)
 
 
 def trunk(model: Model) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import layers
 from .host import SHARED, STASH, Shape, Stack, as_kind, bare, changes_bias, effective, frozen, paused_gc, refresh_alias_free, stacks, swap_out, walk
 from .method import finite
+from .patterns import did_you_mean
 from .registry import keywords
 from .sites import ensure_module, join, storage
 from .table import table
@@ -75,7 +76,10 @@ def rescale(model: nn.Module, factor: float, names: str | Iterable[str] | None =
 
 @contextlib.contextmanager
 def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Module]:
-    """Let exactly these adapters act inside the block, whatever acts outside it."""
+    """Let exactly these adapters act inside the block, whatever acts outside it.
+
+    What this and `activate`, `disabled`, `route` and `positions` say is the model's: all threads that run it meanwhile see it.
+    """
     before = [(s, s.active, s.merged, s.onto) for _, _, s in stacks(ensure_module(model))]
     activate(model, names)
     try:
@@ -91,7 +95,10 @@ def using(model: nn.Module, names: str | Iterable[str] | None) -> Iterator[nn.Mo
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it was before `wrap`, bit for bit, inside the block; merged tensors and trained buffers included."""
+    """The model as it was before `wrap`, bit for bit, inside the block; merged tensors and trained buffers included.
+
+    A copy made inside stays so: a frozen reference. Make copies that are to have adapters outside.
+    """
     found = stacks(ensure_module(model))
     if any(s.silent for _, _, s in found):  # inside another such block
         yield model
@@ -206,7 +213,12 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
     Raises:
         ValueError: for methods without a weight, inactive adapters, non-finite results, an order that cannot be kept, or an
             adapter whose change rounds to nothing everywhere. The model is then unchanged.
+        TypeError: where keep or unload is neither True nor False.
     """
+
+    for what, flag in (("keep", keep), ("unload", unload)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{what}={flag!r}: True or False")
 
     def choose(todo: list) -> list:
         acting = [(path, host, [(site, m) for n in new for site, m in s.sites[n] if m.has_weight()]) for path, host, s, new in todo]
@@ -584,7 +596,9 @@ def _tensors(model: nn.Module, values: object) -> dict[str, nn.Parameter]:
         raise TypeError(f"a snapshot is a dict of tensors, not {values!r:.80}")
     wrong = [k for k, v in values.items() if k not in there or v.shape != there[k].shape]
     if wrong:
-        raise ValueError(f"the snapshot does not fit this model: {wrong[0]!r} and {len(wrong) - 1} more")
+        shown = [f"{k!r} {tuple(values[k].shape)}, here {tuple(there[k].shape) if k in there else 'not there'}" for k in wrong[:3]]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"the snapshot does not fit this model: {'; '.join(shown)}{more}.{did_you_mean(wrong[0], [k for k in there if k not in values])}")
     return there
 
 
@@ -602,12 +616,13 @@ def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * adapter, in place; touches adapter tensors only."""
+    """average <- decay * average + (1 - decay) * adapter, in place; touches adapter tensors only. Whole numbers have no average: they are copied."""
     if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r}: must lie in [0, 1]")
     there = _tensors(model, average)
     for k, a in average.items():
-        a.lerp_(there[k].detach().to(a.dtype), 1 - decay)
+        new = there[k].detach()
+        a.lerp_(new.to(a.dtype), 1 - decay) if a.is_floating_point() or a.is_complex() else a.copy_(new)
 
 
 def view(model: nn.Module) -> nn.Module:

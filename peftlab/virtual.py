@@ -6,6 +6,7 @@ position ids, token types and labels that enter the stack are lengthened with it
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -120,6 +121,12 @@ def _cached(named: dict) -> int:
     return 0 if past is None else past.get_seq_length()
 
 
+def _slots_below(base: Base) -> int:
+    """The slots of virtual tokens that what lies below puts into a cache: the caller of this method does not count them."""
+    levels = [below for _, m in base.below for below in getattr(m, "acting", [[m]])]
+    return sum(max((s.n for m in level if isinstance(s := getattr(m, "stack", None), Surround)), default=0) for level in levels)
+
+
 def shifted(base: Base, by: int | list[tuple[int, Tensor]], args: tuple, kwargs: dict):
     """What lies below, with the real tokens' positions moved, by so many or by so many for each group of rows."""
     inputs = Inputs.of(base.site.host)
@@ -127,7 +134,8 @@ def shifted(base: Base, by: int | list[tuple[int, Tensor]], args: tuple, kwargs:
     x = named.get(inputs.tokens) if named.get(inputs.tokens) is not None else named[inputs.embeds]
     given = named.get(inputs.positions)
     if given is None:
-        given = torch.arange(x.shape[1], device=x.device)[None] + _cached(named)
+        past = _cached(named)
+        given = torch.arange(x.shape[1], device=x.device)[None] + (past - _slots_below(base) if past else 0)
     if not isinstance(by, int):
         by = _of_rows(by, x.shape[0], x.device)[:, None]
     return base(**named | {inputs.positions: given + by})
@@ -165,23 +173,20 @@ def looked_up(y: Tensor) -> Tensor:
 
 @dataclass
 class Prompt:
-    """What goes in: P (n, d), or (B, n, d) with lengths (B,) where rows have fewer, their ends at the end."""
+    """What goes in: P() gives (n, d), or (B, n, d) with lengths (B,) where rows have fewer, their ends at the end."""
 
-    P: Tensor
+    P: Callable[[], Tensor]  # not called where a cache holds it
+    n: int
     at: Place = "start"
     causal: bool = False  # a token's output is that of the last virtual token behind it
     keep: bool = False  # the output keeps the virtual tokens, in front
     lengths: Tensor | None = None
 
     @property
-    def n(self) -> int:
-        return self.P.shape[-2]
-
-    @property
     def there(self) -> Tensor | None:
         if self.lengths is None:
             return None
-        return torch.arange(self.n, device=self.P.device)[None] >= self.n - self.lengths[:, None]
+        return torch.arange(self.n, device=self.lengths.device)[None] >= self.n - self.lengths[:, None]
 
 
 def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args: tuple, kwargs: dict):
@@ -190,6 +195,7 @@ def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args:
     ids, embeds = named.get(inputs.tokens), named.get(inputs.embeds) if inputs.embeds else None
     x = ids if ids is not None else embeds
     seen = _cached(named)
+    seen = seen - _slots_below(base) if seen else 0
     if prompt.n == 0:
         return base(**named)
     if isinstance(named.get(inputs.mask), Mapping):
@@ -200,7 +206,8 @@ def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args:
         return base(**_after(prompt, named, seen, x.shape[1]))
     slots = Slots(prompt.at, prompt.n, x, _real(inputs, named, x))
     named |= _lengthened(inputs, prompt, slots, named, x)
-    P = prompt.P if prompt.P.ndim == 3 else prompt.P[None]
+    P = prompt.P()
+    P = P if P.ndim == 3 else P[None]
     if embeds is None and inputs.embeds:
         embeds = table(ids)
     if embeds is not None:
@@ -228,8 +235,9 @@ def _real(inputs: Inputs, named: dict, x: Tensor) -> Tensor | None:
 
 
 def _filler(ids: Tensor, table: nn.Embedding, n: int) -> Tensor:
-    """Ids for the slots of virtual tokens: a token that is not padding; what it looks up is replaced."""
-    return torch.full((1, n), 1 if table.padding_idx == 0 else 0, dtype=ids.dtype, device=ids.device)
+    """Ids for the slots of virtual tokens, whose rows are replaced: not the padding, nor an end of the table, which models take for it unsaid."""
+    middle = table.num_embeddings // 2
+    return torch.full((1, n), middle - (middle == table.padding_idx), dtype=ids.dtype, device=ids.device)
 
 
 def _cross(named: dict) -> dict:
@@ -310,6 +318,8 @@ def _trimmed(out, slots: Slots, causal: bool, host: nn.Module, name: str = ""):
             out = slots.take(out.transpose(1, 2)).transpose(1, 2)
             own = out.shape[3] == slots.n + slots.L and "cross" not in name
             return slots.take(out.movedim(3, 1)).movedim(1, 3) if own else out
+        if _features_first(out, slots, host):
+            return slots.take(out.mT, causal).mT
         return slots.take(out, causal) if out.ndim > 1 and tuple(out.shape[:2]) == (slots.B, slots.n + slots.L) else out
     if isinstance(out, Mapping):
         for k in out:
@@ -320,12 +330,32 @@ def _trimmed(out, slots: Slots, causal: bool, host: nn.Module, name: str = ""):
         return out
     if type(out) in (tuple, list):
         return type(out)(_trimmed(t, slots, causal, host, name) for t in out)
+    if outputs.is_named(out):
+        return out._replace(**{k: _trimmed(t, slots, causal, host, k) for k, t in out._asdict().items() if "past" not in k})
+    if dataclasses.is_dataclass(out):
+        inside = {f.name: getattr(out, f.name) for f in dataclasses.fields(out) if f.init and "past" not in f.name}
+        return dataclasses.replace(out, **{k: _trimmed(t, slots, causal, host, k) for k, t in inside.items()})
     return out
+
+
+def _features_first(out: Tensor, slots: Slots, host: nn.Module) -> bool:
+    """Whether it is (B, features, n + L): sure where the host has a tensor of so many features, and none with a side of n + L."""
+    length = slots.n + slots.L
+    if out.ndim != 3 or out.shape[0] != slots.B or out.shape[1] == length or out.shape[2] != length:
+        return False
+    sides = {side for _, m in walk(host) for p in m._parameters.values() if p is not None for side in p.shape}
+    return out.shape[1] in sides and length not in sides
 
 
 def embedding(site) -> nn.Embedding | None:
     """The token embedding of a stack; a zero-width one for an embedding that is surrounded beside it."""
     return nn.Embedding(0, 0) if isinstance(site.host, nn.Embedding) else token_embedding(site.host)
+
+
+def _looks_at_an_encoder(host: nn.Module, inputs: Inputs) -> bool:
+    """Whether a stack has attention to an encoder's output; some name the argument and have none."""
+    names = [path.rpartition(".")[2].lower() for path, m in walk(host) if attends(m)]
+    return "encoder_hidden_states" in inputs.order and any("cross" in name or "enc" in name for name in names)
 
 
 @dataclass
@@ -353,6 +383,12 @@ class Surround:
         if causal is None:
             causal = any(getattr(m, "is_causal", False) is True for _, m in walk(host))
         inputs = Inputs.of(host)
+        if keep and causal and not _looks_at_an_encoder(host, inputs):
+            raise ValueError(
+                f"keep=True at {base.path!r}: an encoder's virtual tokens can stay, where its decoder looks at them; this is a causal stack without an "
+                "encoder, whose output must be as long as the caller's tokens: leave keep out"
+            )
+        keep = keep and not causal  # a decoder's own are seen by nobody above it
         if n == 0 and "encoder_hidden_states" not in inputs.order:
             raise ValueError(f"n=0 at {base.path!r}: only a decoder, which can see its encoder's virtual tokens, has none of its own")
         return cls(n, at, causal, keep, inputs, token_embedding(host))
@@ -378,39 +414,56 @@ class Surround:
         """(0, d), in what the table gives."""
         return self.look(torch.zeros(0, dtype=torch.long))
 
-    def __call__(self, base: Base, P: Tensor | None, args: tuple, kwargs: dict):
+    def __call__(self, base: Base, P: Callable[[], Tensor], args: tuple, kwargs: dict):
         if not self.holds:
             return looked_up(base(*args, **kwargs))
-        P = self.nothing() if P is None else P
-        return inserted(base, self.inputs, self.table, Prompt(P, self.at, self.causal, self.keep), args, kwargs)
+        return inserted(base, self.inputs, self.table, Prompt(P, self.n, self.at, self.causal, self.keep), args, kwargs)
+
+    def pads(self, host: nn.Module) -> bool:
+        """Whether rows may stand behind slots that are masked: where their positions can be given, or the model says that it weighs distances alone."""
+        if self.inputs.mask is None or self.inputs.positions is not None:
+            return self.inputs.mask is not None
+        inside = [(path.rpartition(".")[2].lower(), m) for path, m in walk(host)]
+        by_distance = any("relative" in name or "alibi" in name for name in [*(name for name, _ in inside), *dir(original_class(host))])
+        return by_distance and not any(isinstance(m, nn.Embedding) and "relative" not in name and ("pos" in name or "wpe" in name) for name, m in inside)
 
     @staticmethod
-    def routed(base: Base, parts: list[tuple[Surround, Tensor | None, Tensor]], args: tuple, kwargs: dict):
+    def routed(base: Base, parts: list[tuple[Surround, Callable[[], Tensor], Tensor]], args: tuple, kwargs: dict):
         """The same where rows have prompts of their own, or none: the shorter ones padded and masked, or one run for each length."""
         first = parts[0][0]
         if not first.holds:
             return looked_up(base(*args, **kwargs))
         named = first.inputs.named(args, kwargs)
         x = named.get(first.inputs.tokens)
-        B = (x if x is not None else named[first.inputs.embeds]).shape[0]
+        x = x if x is not None else named[first.inputs.embeds]
         kinds: dict[tuple, list] = {}
         for part in parts:
             kinds.setdefault((part[0].n, str(part[0].at), part[0].causal, part[0].keep), []).append(part)
-        rest = torch.ones(B, dtype=torch.bool)
+        rest = torch.ones(len(x), dtype=torch.bool)
         for *_, rows in parts:
             rest[rows.cpu()] = False
         if len(kinds) == 1 and not rest.any():
-            return first.with_rows(base, parts, B, named)
-        if first.inputs.mask is not None and {s.at for s, *_ in parts} == {"start"} and not any(s.keep for s, *_ in parts):
-            return first.with_rows(base, parts, B, named, padded=True)
-        if any(s.keep for s, *_ in parts) or _cached(named) or named.get("use_cache"):
-            raise ValueError(f"rows at {base.path!r} have different numbers of virtual tokens, kept or in a cache: they can then differ at the start alone")
-        runs = [(p[0][0].with_rows(base, p, B, named), torch.cat([rows for *_, rows in p])) for p in kinds.values()]
+            return first.with_rows(base, parts, x, named)
+        if all(s.at == "start" and not s.keep for s, *_ in parts) and first.pads(base.site.host):
+            return first.with_rows(base, parts, x, named, padded=True)
+        if any(s.keep for s, *_ in parts) or named.get("past_key_values") is not None or named.get("use_cache"):
+            raise ValueError(
+                f"rows at {base.path!r} have different numbers of virtual tokens, kept or in a cache: that works at the start alone, with a mask, and where "
+                "the stack takes position ids or weighs distances alone. Give all rows as many, or use_cache=False (and keep=False)"
+            )
+        if "use_cache" in first.inputs.order:
+            named = named | {"use_cache": False}  # every run would fill one of its own
+        runs = [(p[0][0].with_rows(base, p, x, named), torch.cat([rows for *_, rows in p])) for p in kinds.values()]
         runs += [(base(**named), rest.nonzero()[:, 0])] if rest.any() else []
-        return outputs.joined([out for out, _ in runs], [rows for _, rows in runs], B)
+        return outputs.joined([out for out, _ in runs], [rows for _, rows in runs], len(x))
 
-    def with_rows(self, base: Base, parts: list, B: int, named: dict, padded: bool = False):
+    def with_rows(self, base: Base, parts: list, x: Tensor, named: dict, padded: bool = False):
         """One run whose rows have prompts of their own; padded: of different lengths."""
-        P, there = together([self.nothing() if P is None else P for _, P, _ in parts], [r for *_, r in parts], B)
-        prompt = Prompt(P, self.at, self.causal, self.keep, there.sum(1) if padded else None)
+
+        def P() -> Tensor:
+            made = [make() if s.n else self.nothing() for s, make, _ in parts]
+            return together(made, [rows for *_, rows in parts], len(x))[0]
+
+        lengths = _of_rows([(s.n, rows) for s, _, rows in parts], len(x), x.device) if padded else None
+        prompt = Prompt(P, max(s.n for s, *_ in parts), self.at, self.causal, self.keep, lengths)
         return inserted(base, self.inputs, self.table, prompt, (), named)

@@ -20,7 +20,7 @@ from .method import Method
 from .patterns import PatternError, as_list, did_you_mean, show
 from .progress import Progress, check_progress, told
 from .registry import check_keywords, keywords, resolve
-from .sites import Model, beside, ensure_module, join, resolve_ties, select, settings, under
+from .sites import Model, beside, ensure_module, join, refuse_inference_tensors, resolve_ties, select, settings, under
 from .table import table
 
 LEDGER = "_peftlab_ledger"
@@ -162,16 +162,33 @@ class _Request:
                 made[key] = Recipe(self.cls, self.label, h, self.name, self.seed, common, later)
             yield made[key]
 
-    def common(self, device: str) -> nn.Module | None:
-        """What the sites share, or None for most methods."""
+    @property
+    def shared_options(self) -> list[str]:
+        """The options of what the sites share."""
+        build = getattr(self.cls, "shared", None)
+        return [] if build is None else [k for k, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+    def common(self, device: str, site: int = 0) -> nn.Module | None:
+        """What the sites share, or None for most methods; made with the options of one of them."""
         build = getattr(self.cls, "shared", None)
         if build is None:
             return None
-        wanted = {k for k, p in inspect.signature(build).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         sites = self.sites if device != "meta" else [as_kind(s, Shape) for s in self.sites]
         with torch.no_grad(), hosts.on_device(device):
-            made = build(sites, **{k: v for k, v in self.hypers[0].items() if k in wanted})
+            made = build(sites, **{k: v for k, v in self.hypers[site].items() if k in self.shared_options})
         return made if made is None else hosts.note_declared(made)
+
+    def refuse_shared(self) -> None:
+        """What the sites share is made once: its options (the seed apart, which only draws it) must have one value."""
+        defaults = {k: p.default for k, p in keywords(self.cls).items()}
+        for k in [k for k in self.shared_options if k != "seed"]:
+            values = [h.get(k, defaults[k]) for h in self.hypers]
+            other = next((i for i, v in enumerate(values) if v is not values[0] and v != values[0]), None)
+            if other is not None and any(self.common("meta", i) is not None for i in (0, other)):
+                raise ValueError(
+                    f"overrides: {k} would be {values[0]!r} at {self.sites[0].path!r} and {values[other]!r} at {self.sites[other].path!r}, and all sites of "
+                    f"{self.label} share what is made of it: give {k} one value, or wrap the places one by one under names of their own"
+                )
 
     def default_dtype(self, site: Site) -> torch.dtype:
         return self.dtype or torch.promote_types(torch.float32, site.dtype)
@@ -200,6 +217,7 @@ def _request(model, method, *, targets, exclude, layers, of, name, overrides, se
     if name in names(model):
         raise ValueError(f"this model already has an adapter {name!r}; give another name= or unwrap(model, {name!r}) first")
     view = Model.of(model)
+    refuse_inference_tensors(model)
     if not any(m._parameters or m._buffers or is_opaque_linear(m) for m in view.modules.values()):
         raise ValueError(f"this {type(model).__name__} has no parameters: there is nothing to adapt")
     sites, counts = select(view, cls, label, targets, exclude, layers, of, split, layout, read)
@@ -208,7 +226,9 @@ def _request(model, method, *, targets, exclude, layers, of, name, overrides, se
     sites = [*sites, *beside(view, cls, sites, hyper)]
     hypers = settings(view, sites, hyper, overrides, lambda h, where: check_keywords(cls, h, where))
     asked = {"targets": _plain(targets), "exclude": _plain(exclude), "layers": _plain(layers), "of": of}
-    return _Request(view, cls, label, name, sites, counts, hypers, seed, dtype, tie, asked)
+    req = _Request(view, cls, label, name, sites, counts, hypers, seed, dtype, tie, asked)
+    req.refuse_shared()
+    return req
 
 
 def _plain(value):
@@ -251,7 +271,10 @@ def outside_disabled(model: nn.Module, found: list | None = None) -> None:
     """Inside `disabled` the frozen tensors are in the adapted ones' place, inside `route` every row has its own: nothing may be changed or saved there."""
     for _, _, s in stacks(model) if found is None else found:
         if s.silent:
-            raise ValueError("inside `with disabled(model)` adapters cannot be changed or saved: leave the block first")
+            raise ValueError(
+                "inside `with disabled(model)` adapters cannot be changed or saved: leave the block first (a copy that was made inside "
+                "has no block to leave: it stays a reference without adapters)"
+            )
         if s.route is not None:
             raise ValueError("inside `with route(model, ...)` adapters cannot be changed or saved: leave the block first")
 
@@ -331,6 +354,7 @@ def _count(method: Method, site: Site, dtype: torch.dtype) -> tuple[int, int]:
 
 
 @paused_gc()
+@torch.inference_mode(False)  # what trains cannot be made inside it
 def wrap(
     model: nn.Module, method: str | type[Method], *, targets=None, exclude=None, layers=None, of: str | None = None, name: str = "default",
     overrides: Mapping | None = None, data: Iterable | None = None, loss: Callable | None = None, seed: int = 0, dtype: torch.dtype | None = None,
@@ -375,9 +399,38 @@ def wrap(
         if any(m.needs_data for m in methods):
             if data is None:
                 raise ValueError(f"{req.label} computes its start from data: give data=, an iterable of batches")
-            calibrate(bare(model), list(zip(req.sites, methods, strict=True)), data, loss, progress)
+            _calibrate(bare(model), list(zip(req.sites, methods, strict=True)), data, loss, progress)
     attach(bare(model), req, methods)
     return model
+
+
+class _Loss:
+    """The caller's loss where its gradients are asked for: one number, which must depend on the weights in some batch."""
+
+    def __init__(self, loss: Callable):
+        self.loss, self.values, self.depends = loss, 0, False
+
+    def __call__(self, model: nn.Module, batch) -> Tensor:
+        value = self.loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            what = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
+            raise TypeError(f"loss= returned {what}: one number, as the floating tensor that its gradient is taken of")
+        self.values, self.depends = self.values + 1, self.depends or value.grad_fn is not None
+        return value
+
+
+def _calibrate(model: nn.Module, pairs: list[tuple[Site, Method]], data: Iterable, loss: Callable | None, progress: Progress) -> None:
+    """`calibrate`, which says so where the loss has no gradient."""
+    if loss is None or not any(m.needs_data == "gradients" for _, m in pairs):
+        calibrate(model, pairs, data, loss, progress)
+        return
+    watched = _Loss(loss)
+    try:
+        calibrate(model, pairs, data, watched, progress)
+    except ValueError as e:
+        if watched.values and not watched.depends:
+            raise ValueError("nothing that loss= returned depends on the weights: was it detached, or computed under torch.no_grad()?") from e
+        raise
 
 
 def build(req: _Request, progress: Progress = None) -> list[Method]:

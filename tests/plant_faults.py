@@ -380,8 +380,8 @@ FAULTS = [
     Fault("P-tuning's network is left out", "methods/p_tuning.py", "else self.f(self.P)", "else self.P", "network_is_the_papers", "test_prompts.py"),
     Fault(
         "virtual patches in front of the class token", "methods/vpt.py",
-        "slots.among(x, P, self.at, d) if self.enters",
-        "slots.among(x, P, 0, d) if self.enters",
+        "slots.among(old, P, self.at, d) if self.enters",
+        "slots.among(old, P, 0, d) if self.enters",
         "vpt_is_manual", "test_prompts.py",
     ),
     # ---- in routing
@@ -473,7 +473,7 @@ FAULTS = [
         "ctx.form, ctx.transposed, *ctx.saved_tensors",
         "test_gradients", "test_quant.py",
     ),
-    Fault("autocast reaches into a product", "quant/ops.py", "if torch.is_autocast_enabled(x.device.type):", "if False:", "under_autocast", "test_quant.py"),
+    Fault("autocast reaches into a product", "quant/ops.py", "if layers.autocasting(x.device):", "if False:", "under_autocast", "test_quant.py"),
     Fault(
         "a compiled backward multiplies the way forward does", "quant/ops.py",
         "*facts, not ctx.transposed)",
@@ -493,8 +493,8 @@ FAULTS = [
     Fault("a compiled kernel swaps the halves of a byte", "quant/compiled.py", "for low in (4, 0)", "for low in (0, 4)", "compiled", "test_quant_compile.py"),
     Fault(
         "a compiled kernel rounds what is not finite", "quant/compiled.py",
-        "if not math.isfinite(top.sum().item()):",
-        "if False:",
+        "or not math.isfinite(top.sum().item()):",
+        ":",
         "not_finite", "test_quant_compile.py",
     ),
     Fault(

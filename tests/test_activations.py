@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -151,6 +152,84 @@ def test_parallel_where_the_module_adds_the_residual():
     torch.testing.assert_close(model["layer"](hidden_states=i, input_tensor=x), wanted, **TIGHT)
     with pytest.raises(ValueError, match="layer"):
         model["layer"](i)
+
+
+class Gated(nn.Module):
+    """A feed-forward part whose first argument is not its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, gate, hidden):
+        return self.down(torch.relu(self.up(hidden))) * gate
+
+
+class Masked(Gated):
+    def forward(self, *, mask, context):
+        return self.down(torch.relu(self.up(context))) * mask.mean()
+
+
+class Unsaid(Gated):
+    def forward(self, one, other):
+        return self.down(torch.relu(self.up(other))) * one
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_parallel_takes_the_input_wherever_the_module_declares_it(routed):
+    torch.manual_seed(1)
+    base = nn.ModuleDict({"gated": Gated(), "masked": Masked(), "unsaid": Unsaid()}).double().requires_grad_(False)
+    model = perturb(peftlab.wrap(copy.deepcopy(base), "parallel", targets=list(base), dim=3, dtype=torch.float64), size=0.5)
+    x, g, mask = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 6, 6), (2, 6, 6), (2, 1, 6, 6)))
+    wide = torch.randn(2, 6, 9, dtype=torch.float64)  # of another width, so that it cannot be meant
+
+    def agree(name, wanted, *args, **kwargs):
+        y = base[name](*args, **kwargs)
+        wanted = y + bottleneck(wanted, tensors(method_of(model, name)), dict(activation="relu", alpha=4.0))
+        if routed:
+            with peftlab.route(model, [None, "default"]):
+                torch.testing.assert_close(model[name](*args, **kwargs), torch.stack([y[0], wanted[1]]), **TIGHT)
+        else:
+            torch.testing.assert_close(model[name](*args, **kwargs), wanted, **TIGHT)
+
+    agree("gated", x, g, x)
+    agree("gated", x, gate=g, hidden=x)
+    agree("gated", x, hidden=x, gate=g)
+    agree("masked", x, mask=mask, context=x)
+    agree("unsaid", x, wide[..., :1], x)
+    with pytest.raises(ValueError, match="'unsaid' is its input cannot be seen: 'one', 'other' have 6 features"):
+        agree("unsaid", x, g, x)
+
+
+def test_parallel_where_the_residual_is_named_first():
+    torch.manual_seed(1)
+    base = nn.ModuleDict({"layer": Added(6, 6)}).requires_grad_(False)
+    model = perturb(peftlab.wrap(copy.deepcopy(base), "parallel", targets="layer", dim=3), size=0.5)
+    i, x = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    assert torch.equal(model["layer"](input_tensor=x, hidden_states=i), model["layer"](i, x))
+
+
+class GatedNorm(nn.Module):
+    """The normalisation of gated state-space layers, its gate named first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, gate, hidden_states):
+        return nn.functional.rms_norm(hidden_states, (6,), self.weight) * torch.sigmoid(gate)
+
+
+def test_pfeiffer_takes_the_sum_that_a_norm_is_given():
+    torch.manual_seed(1)
+    base = nn.ModuleDict({"norm": GatedNorm(), "other": nn.Linear(6, 6)}).double().requires_grad_(False)
+    model = perturb(peftlab.wrap(copy.deepcopy(base), "pfeiffer", targets="norm", dim=3, dtype=torch.float64), size=0.5)
+    u, g = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
+    branch = bottleneck(base["norm"](g, u), tensors(method_of(model, "norm")), dict(activation="relu", alpha=1.0))
+    wanted = base["norm"](g, u + branch)
+    torch.testing.assert_close(model["norm"](g, u), wanted, **TIGHT)
+    with peftlab.route(model, [None, "default"]):
+        torch.testing.assert_close(model["norm"](g, u), torch.stack([base["norm"](g, u)[0], wanted[1]]), **TIGHT)
 
 
 def test_adapters_in_bert_are_where_the_papers_put_them():
@@ -499,6 +578,38 @@ def test_positions_that_the_caller_names():
         model(h)
     with pytest.raises(ValueError, match="no adapter"), peftlab.positions(peftlab.wrap(make("bert"), "lora"), exact):
         pass
+
+
+def test_a_copy_made_among_named_positions_is_not_bound_to_them():
+    model, _ = edits(first=1, last=1)
+    h = torch.randn(2, 5, 6, dtype=torch.float64)
+    wanted = model(h)
+    with peftlab.positions(model, torch.tensor([[2, 3], [1, -1]])):
+        twin = copy.deepcopy(model)
+        assert not torch.equal(model(h), wanted)
+    assert torch.equal(twin(h), wanted)
+
+
+@torch.no_grad()
+def test_a_decoding_step_that_edits_nothing_computes_nothing(monkeypatch):
+    model = perturb(peftlab.wrap(make("llama"), "loreft", first=1, last=1))
+    ids, calls, qr = tokens(6), [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda *a: calls.append(a) or qr(*a))
+
+    def step(disabled: bool = False, where: Tensor | None = None) -> tuple[Tensor, int]:
+        calls.clear()
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        assert len(calls) == 2  # one a block
+        calls.clear()
+        block = peftlab.disabled(model) if disabled else contextlib.nullcontext() if where is None else peftlab.positions(model, where)
+        with block:
+            return model(ids[:, 5:], past_key_values=cache).logits, len(calls)
+
+    (y, n), (base, _), (named, m) = step(), step(disabled=True), step(where=torch.tensor([[-1, 5], [-1, 5]]))
+    assert n == 0
+    assert torch.equal(y, base)
+    assert m == 2
+    assert not torch.allclose(named, y)
 
 
 def test_a_recomputed_block_sees_the_positions_of_its_first_run():

@@ -555,6 +555,10 @@ def test_a_restore_that_does_not_fit():
     for decay in (-0.1, 1.1, float("nan"), "x"):
         with refused(model, "decay"):
             peftlab.ema_update(dict(good), model, decay)
+    with refused(model, key, "(9, 9)", str(tuple(good[key].shape))):
+        peftlab.restore(model, {**good, key: torch.zeros(9, 9)})
+    with refused(model, key + "x", "not there", f"Did you mean {key!r}"):
+        peftlab.restore(model, {k + "x" * (k == key): v for k, v in good.items()})
     average = {"gone": torch.zeros(2)}
     with refused(model, "gone"):
         peftlab.ema_update(average, model, 0.5)
@@ -569,6 +573,122 @@ def test_disabled_puts_everything_back_when_the_block_fails():
         with unchanged(model), pytest.raises(RuntimeError, match="inside"):
             with peftlab.using(model, None):
                 raise RuntimeError("inside")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, peftlab.view], ids=["copy", "pickle", "view"])
+def test_copies_are_made_outside_route(copied):
+    """A copy of a model inside would stay there for ever."""
+    model = wrapped().eval()
+    y = model(IDS)
+    with peftlab.route(model, ["first", None]), refused(model, "with route(model", "Copy it before"):
+        copied(model)
+    assert torch.equal(model(IDS), y)
+
+
+def test_a_copy_made_inside_disabled_is_a_reference():
+    model = wrapped().eval()
+    y = model(IDS)
+    with peftlab.disabled(model):
+        base, reference = model(IDS), copy.deepcopy(model)
+    assert torch.equal(reference(IDS), base)
+    assert torch.equal(model(IDS), y)
+    assert not torch.equal(base, y)
+    with refused(reference, "a copy that was made inside has no block to leave"):
+        peftlab.activate(reference, "first")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("lora", {}), ("houlsby", dict(targets="v_proj")), ("mola", {}), ("eva", dict(data=[IDS])), ("lora_ga", dict(data=[IDS]))]
+)
+def test_wrapping_and_loading_in_inference_mode(method, options, tmp_path):
+    """What trains is made as if outside it, with the same start."""
+    small = {"dim": 2} if method == "houlsby" else {"r": 2}
+    loss = {"loss": lambda m, b: m(b).square().sum()} if method == "lora_ga" else {}
+    usual, model, loaded = fresh(), fresh(), fresh()
+    peftlab.wrap(usual, method, **small, **options, **loss)
+    with torch.inference_mode():
+        peftlab.wrap(model, method, **small, **options, **loss)
+        peftlab.save(model, tmp_path / "a")
+        peftlab.load(loaded, tmp_path / "a")
+    for m in (usual, model, loaded):
+        m.eval()(IDS).square().sum().backward()
+    for (k, p), q, r in zip(usual.named_parameters(), model.parameters(), loaded.parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad == r.requires_grad, k
+        if p.requires_grad:
+            assert torch.equal(p, q), k
+            assert torch.equal(p.grad, q.grad), k
+            assert torch.equal(p.grad, r.grad), k
+
+
+def test_a_base_made_in_inference_mode(tmp_path):
+    with torch.inference_mode():
+        model = fresh()
+    peftlab.save(wrapped(), tmp_path / "a", names="first")
+    for call in (lambda: peftlab.wrap(model, "lora", r=2), lambda: peftlab.load(model, tmp_path / "a")):
+        with pytest.raises(ValueError, match="inference_mode"):
+            call()
+    assert not any("peftlab" in k for k, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("flag", ["keep", "unload"])
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_merge_takes_true_or_false(flag, value):
+    model = wrapped()
+    with refused(model, f"{flag}={value!r}", errors=TypeError):
+        peftlab.merge(model, **{flag: value})
+
+
+def test_a_family_that_does_not_exist():
+    there = {e.family for e in peftlab.methods()}
+    assert all(peftlab.methods(f) for f in there)
+    for wrong, near in (("adapter", "'adapters'"), ("", "adapters"), (5, "adapters")):
+        with pytest.raises(ValueError, match=re.escape(near)):
+            peftlab.methods(wrong)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "fish"])
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda m, b: 3.0, ["loss=", "3.0"]),
+        (lambda m, b: None, ["loss=", "None"]),
+        (lambda m, b: m(b), ["loss=", "a tensor (2, 3,"]),
+        (lambda m, b: torch.ones((), dtype=torch.long), ["loss=", "int64"]),
+        (lambda m, b: torch.zeros((), requires_grad=True), ["loss=", "depends on the weights"]),
+        (lambda m, b: m(b).sum().detach(), ["loss=", "depends on the weights"]),
+    ],
+    ids=["float", "none", "several", "whole", "constant", "detached"],
+)
+def test_a_loss_without_a_gradient(method, loss, words):
+    model = fresh()
+    small = {"r": 2} if method == "lora_ga" else {}
+    with refused(model, *words):
+        peftlab.wrap(model, method, data=[IDS], loss=loss, **small)
+    peftlab.wrap(model, method, data=[IDS], loss=lambda m, b: m(b).square().sum()[None], **small)  # one entry is one number
+
+
+class Counting(peftlab.Method):
+    """Its own tensor and a whole number beside it."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.v, self.n = nn.Parameter(torch.zeros(base.n_out, 1)), nn.Parameter(torch.tensor([5]), requires_grad=False)
+
+    def weight(self, W):
+        return W + self.v
+
+
+def test_an_average_over_whole_numbers():
+    model = peftlab.wrap(fresh(), Counting, targets="q_proj")
+    average = peftlab.snapshot(model)
+    m = model.q_proj.peftlab.default
+    with torch.no_grad():
+        m.v.fill_(1.0)
+        m.n.fill_(9)
+    peftlab.ema_update(average, model, 0.75)
+    found = {k.rpartition(".")[2]: v for k, v in average.items()}
+    assert torch.equal(found["v"], torch.full_like(m.v, 0.25))
+    assert torch.equal(found["n"], torch.tensor([9]))
 
 
 @pytest.mark.parametrize("verb", ["wrap", "merge", "unmerge", "unwrap", "save", "load"])
@@ -673,7 +793,7 @@ def test_a_real_hf_file(tmp_path):
 @pytest.mark.parametrize("path", ["gone.safetensors", "gone/adapter.safetensors", "."])
 def test_a_file_that_is_not_there(path, tmp_path):
     model = fresh()
-    with refused(model, str(tmp_path), errors=(LoadError, OSError)):
+    with refused(model, str(tmp_path), "folder" if path == "." else path, errors=(LoadError, OSError)):
         peftlab.load(model, tmp_path / path)
     for wrong in (None, 5, b"\0"):
         with unchanged(model), pytest.raises((TypeError, OSError, ValueError)):
@@ -955,7 +1075,7 @@ def test_saving_where_nothing_can_be_written(where, make, tmp_path):
     path = where(tmp_path)
     there = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     model = make()
-    with refused(model, str(tmp_path), errors=OSError):
+    with refused(model, repr(str(path)), errors=OSError):  # not the temporary file's
         peftlab.save(model, path)
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == there  # nothing is left lying about
     for wrong in (None, 5):

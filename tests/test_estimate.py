@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import OwnForward, conv1d_hf
 from torch import nn
 
 import peftlab
-from peftlab.estimate import OPTIMIZERS, nf4_bytes
+from peftlab.estimate import OPTIMIZERS
+from peftlab.quant.codes import outline
 
 
 class Layer(nn.Module):
@@ -175,27 +177,60 @@ def test_promise_34_twenty_bytes_a_trained_half_precision_parameter():
     assert peftlab.estimate(model.float(), "full", master=True, **whole).bytes_per_trained == pytest.approx(16, rel=1e-4)  # nothing to master
 
 
-def test_promise_34_a_four_bit_base():
+def four_bits(n, double_quant=True):
+    """Bytes of n entries: codes, a scale for each block of 64; packed, the scales take a byte, share one for each 256 of them, and have a mean."""
+    blocks = math.ceil(n / 64)
+    return math.ceil(n / 2) + (blocks + 4 * math.ceil(blocks / 256) + 4 if double_quant else 4 * blocks)
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4"])
+def test_promise_34_a_four_bit_base(base):
     h, L, V = 64, 3, 100
     with torch.device("meta"):
         model = GPT(L, h, V).bfloat16()
-    plain, packed = (peftlab.estimate(model, "lora", base=b) for b in (None, "nf4"))
+    plain, packed = (peftlab.estimate(model, "lora", base=b) for b in (None, base))
     n = 12 * h * h * L  # linear weights but the head's; biases, norms and the embedding stay
-    each = sum(k * nf4_bytes(w) for k, w in ((4 * L, h * h), (2 * L, 4 * h * h)))
+    each = sum(k * four_bits(w) for k, w in ((4 * L, h * h), (2 * L, 4 * h * h)))
     assert plain.base_bytes - packed.base_bytes == 2 * n - each
     assert packed.trainable == plain.trainable
     assert packed.file_bytes == plain.file_bytes
-    single = peftlab.estimate(model, "lora", base="nf4", double_quant=False)
+    single = peftlab.estimate(model, "lora", base=base, double_quant=False)
     assert plain.base_bytes - single.base_bytes == 2 * n - n // 2 - 4 * n // 64
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 64 * 256, 64 * 256 + 1, 4096 * 4096])
 def test_promise_34_nf4_formula(n):
-    blocks = math.ceil(n / 64)
-    assert nf4_bytes(n, double_quant=False) == math.ceil(n / 2) + 4 * blocks
-    assert nf4_bytes(n) == math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / 256) + 4  # their mean
+    for double in (True, False):
+        assert outline((n,), torch.bfloat16, "nf4", None, double).nbytes == four_bits(n, double)
     if n % (64 * 256) == 0:
-        assert (nf4_bytes(n) - 4) / n == 0.5 + 1 / 64 + 4 / (64 * 256)
+        assert (four_bits(n) - 4) / n == 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+def transposed():
+    """Layers whose int8 scales belong to columns of the raw weight, to its rows where the layer's own forward reads it, and a head that stays dense."""
+    pytest.importorskip("transformers")
+
+    class Own(type(conv1d_hf(1, 1))):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    return nn.ModuleDict({"blocks": nn.ModuleList([conv1d_hf(24, 40), Own(24, 40), OwnForward(40, 24)]), "head": nn.Linear(24, 50)})
+
+
+def encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 2, 40, batch_first=True), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("build", [GPT, lambda: GPT(h=37, tied=False), transposed, encoder])
+def test_promise_34_a_quantised_base_has_the_foretold_bytes(build, base, double_quant, dtype):
+    model = build().to(dtype)
+    said = peftlab.estimate(model, "lora", base=base, double_quant=double_quant)
+    peftlab.quantize(model, base, double_quant=None if base == "int8" else double_quant)
+    assert said.base_bytes == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert said.total == peftlab.estimate(model, "lora").total
 
 
 def test_promise_34_a_trained_weight_is_not_packed():
@@ -381,7 +416,8 @@ def test_promise_34_a_class_of_ones_own():
     ("options", "words"),
     [
         (dict(optimizer="adamz"), "adamw"),
-        (dict(base="int3"), "nf4"),
+        (dict(base="int3"), "base='int3': None or one of 'nf4', 'fp4', 'int8'. Did you mean 'int8'"),
+        (dict(base=4), "base=4: None or one of 'nf4', 'fp4', 'int8'.$"),
         (dict(batch=0, length=3), "batch=0"),
         (dict(length=-1), "length=-1"),
         (dict(length=2.5), "length=2.5"),

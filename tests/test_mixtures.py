@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
 import functools
 import pickle
@@ -233,6 +235,38 @@ def test_mola_refuses(hyper, match):
         peftlab.wrap(One(), "mola", targets="layer", **{"r": 2, **hyper})
 
 
+def test_mola_refuses_a_loss_that_favours_one_expert():
+    with pytest.raises(ValueError, match="balance=-1"):
+        peftlab.wrap(One(), "mola", targets="layer", r=2, balance=-1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.LSTM(8, 8), nn.Linear(8, 3)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize("make", [Recurrent, Encoder])
+def test_a_default_that_leaves_the_head_alone_is_refused(make):
+    model = make()
+    with pytest.raises(peftlab.PatternError, match="'head' alone.*without the layer being called"):
+        peftlab.wrap(model, "mola", r=2)
+    assert type(model.head) is nn.Linear
+    assert [r.path for r in peftlab.plan(model, "mola", r=2, targets=":head").rows] == ["head"]
+    assert "inner" in str(peftlab.plan(model, "lora", r=2))  # which fits there
+
+
+def test_the_head_of_a_model_with_no_other_layer_is_its_place():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 3))
+    assert [r.path for r in peftlab.plan(model, "mola", r=2).rows] == ["1"]
+
+
 def test_a_choice_of_few_saves_copies_routes_and_is_recomputed(tmp_path):
     layer, model, m = one(r=2, experts=4, k=2)
     y = model.eval()(X)
@@ -404,6 +438,131 @@ def test_xlora_refuses_what_it_cannot_mix():
         peftlab.wrap(model, "xlora", name="mix", experts=["scales"], r=3)
     with pytest.raises(ValueError, match="one list of blocks"):
         peftlab.wrap(One(), "xlora", targets="layer", experts=2, r=2)
+
+
+def test_its_options_hold_for_all_sites():
+    _, model = trained(torch.float32)
+    before = [type(m) for m in model.modules()]
+    for options in (dict(k=1), dict(softmax=False), dict(temperature=2.0), dict(depth=2), dict(experts=["fr"])):
+        key = next(iter(options))
+        with pytest.raises(ValueError, match=rf"overrides: {key} would be .* at 'blocks.*all sites of xlora share"):
+            peftlab.wrap(model, "xlora", name="mix", **{"experts": ["fr", "de"], "r": 3}, overrides={"blocks.1": options})
+        assert [type(m) for m in model.modules()] == before
+    peftlab.wrap(model, "xlora", name="mix", experts=["fr", "de"], r=3, overrides={"blocks.1": dict(r=4)})  # each site's own
+    assert {len(m.A[0]) for m in (model.blocks[0].q.peftlab.mix, model.blocks[1].q.peftlab.mix)} == {3, 4}
+
+
+def test_prefixes_share_their_network_and_not_their_number():
+    network = dict(dim=4, n=2)
+    for options in (dict(n=3), dict(dim=3), dict(net=False)):
+        model = llama()
+        with pytest.raises(ValueError, match=f"overrides: {next(iter(options))} would be"):
+            peftlab.wrap(model, "prefix_tuning", **network, overrides={"layers.0": options})
+        assert not any("peftlab" in k for k, _ in model.named_modules())
+    model = peftlab.wrap(llama(), "prefix_tuning", n=2, net=False, overrides={"layers.0": dict(n=3)})  # nothing is shared
+    assert [model.model.layers[i].self_attn.peftlab.default.n for i in (0, 1)] == [3, 2]
+    model(prompts()[0])
+
+
+def mixed_blocks() -> nn.Module:
+    _, model = trained()
+    peftlab.wrap(model, "xlora", experts=["fr", "de"], r=3, name="mix", dtype=torch.float64)
+    peftlab.train_only(model, "mix")
+    return perturb(model)
+
+
+@pytest.mark.parametrize("run", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_forward_that_fails_leaves_nothing_behind(error, run):
+    """Neither in the next forward, nor in the backward of the last one, which runs its blocks again."""
+    model = mixed_blocks()
+    wanted, alone = model(H).detach(), model.blocks[0](H)[0].detach()  # without the model around it no expert acts
+    calls = [b.forward for b in model.blocks]
+    for b, call in zip(model.blocks, calls, strict=True):
+        b.forward = lambda h, call=call: checkpoint(call, h, use_reentrant=False)
+    model(H).square().sum().backward()
+    grads = {k: p.grad.clone() for k, p in own(model).items()}
+    model.zero_grad()
+    pending = model(H).square().sum()
+    count = []
+
+    def fail(*_):
+        count.append(1)
+        if len(count) == run:
+            raise error
+
+    hook = model.blocks[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        model(2 * H)
+    hook.remove()
+    pending.backward()
+    for k, p in own(model).items():
+        torch.testing.assert_close(p.grad, grads[k], **TIGHT)
+    assert not model.peftlab_shared.mix.reading
+    assert torch.equal(model.blocks[0](H)[0], alone)
+    assert torch.equal(model(H), wanted)
+
+
+def test_a_forward_after_one_under_vmap():
+    model = mixed_blocks()
+    wanted, params = model(H).detach(), own(model)
+    with contextlib.suppress(RuntimeError):  # torch.func may refuse what a method does
+        torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).square().mean()), (None, 0))(params, H)
+    assert torch.equal(model(H), wanted)
+    assert torch.equal(copy.deepcopy(model)(H), wanted)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["itself", "copy", "pickle"])
+def test_threads_have_their_own_gates(copied):
+    model = copied(mixed_blocks())
+    xs = [H + i for i in range(4)]
+    wanted = [model(x).detach() for x in xs]
+
+    def work(i: int) -> list[bool]:
+        with torch.no_grad():
+            return [torch.equal(model(xs[i]), wanted[i]) for _ in range(25)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(all(found) for found in pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize("first", ["prompt_tuning", "prefix_tuning", "llama_adapter", "loreft", "houlsby", "ln_tuning"])
+def test_the_default_place_is_where_weights_have_adapters(first):
+    """What surrounds calls or takes virtual tokens says nothing of the layers that experts sit at."""
+    small = {"prefix_tuning": dict(dim=4), "houlsby": dict(dim=2)}.get(first, {})
+    plain = [r.path for r in peftlab.plan(llama(), "xlora", r=2, dim=4).rows]
+    model = peftlab.wrap(llama(), first, name="first", **small)
+    assert [r.path for r in peftlab.plan(model, "xlora", r=2, dim=4, name="mix").rows] == plain
+    peftlab.wrap(model, "lora", r=2, name="weights", targets="q_proj")
+    there = [r.path for r in peftlab.plan(model, "xlora", r=2, dim=4, name="mix").rows]
+    assert [p for p in there if p in plain and p.endswith("_proj")] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("mixture_first", [False, True])
+def test_virtual_keys_have_no_gates(mixture_first):
+    """llama_adapter's P goes through the projections of keys and values: no token of the input, so there is no hidden state to weigh experts by."""
+    ids = prompts()[0]
+
+    def both(**where):
+        steps = [
+            lambda m: peftlab.wrap(m, "llama_adapter", n=3, name="virtual"),
+            lambda m: peftlab.wrap(m, "xlora", r=2, dim=4, experts=2, name="mix", **where),
+        ]
+        model = llama()
+        for step in reversed(steps) if mixture_first else steps:
+            step(model)
+        return perturb(model)
+
+    with pytest.raises(ValueError, match=r"k_proj' was called with \(1, 3, 16\).*llama_adapter.*exclude this layer"):
+        both()(ids)
+    model = both(exclude=["k_proj", "v_proj"])
+    y = model(ids).logits
+    assert all(not torch.allclose(alone, y) for alone in (shown(model, "mix", ids), shown(model, "virtual", ids)))
+
+
+def shown(model: nn.Module, name: str, ids: Tensor) -> Tensor:
+    with peftlab.using(model, name):
+        return model(ids).logits
 
 
 def test_checkpointed_blocks_and_two_forwards_before_one_backward():

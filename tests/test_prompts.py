@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import oracles
 import pytest
@@ -223,6 +225,67 @@ def test_labels_that_enter_the_stack_pass_virtual_tokens_over():
         peftlab.unwrap(model)
 
 
+def encoding(form, mask_of=lambda ids: None, padding_idx=None) -> nn.Module:
+    """An encoder of one's own: form(logits, hidden) is what it gives, mask_of(ids) the padding that it takes from the ids themselves."""
+
+    class Encoding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words = nn.Embedding(40, 16, padding_idx=padding_idx)
+            self.layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+            self.answer = nn.Linear(16, 5)
+
+        def forward(self, ids):
+            h = self.layer(self.words(ids), src_key_padding_mask=mask_of(ids))
+            return form(self.answer(h), h)
+
+    return Encoding().double()
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    hidden: Tensor
+
+
+@dataclass
+class Data:
+    logits: Tensor
+    hidden: Tensor
+    note: str = "kept"
+
+
+def test_outputs_of_every_form_lose_the_virtual_tokens():
+    ids = torch.randint(1, 40, (4, 7))
+    base = encoding(lambda y, h: (y, h))
+    y, h = wrapped(base, "prompt_tuning", n=3, at=2)(ids)
+    with peftlab.disabled(base):
+        assert not torch.allclose(y, base(ids)[0])
+    assert y.shape == (4, 7, 5)
+    make = lambda form: wrapped(encoding(form), "prompt_tuning", n=3, at=2)(ids)  # noqa: E731
+    named, data = make(Named), make(Data)
+    assert (type(named), type(data), data.note) == (Named, Data, "kept")
+    for out in (named, data):
+        assert torch.equal(out.logits, y)
+        assert torch.equal(out.hidden, h)
+    assert torch.equal(make(lambda y, h: y.mT), y.mT)  # (B, classes, tokens), as cross entropy takes it
+    assert make(lambda y, h: h[:, :3, :10]).shape == (4, 3, 10)  # three features are nobody's: ten may be anything
+    model = wrapped(encoding(lambda y, h: h[:, :5]), "prompt_tuning", n=9)
+    assert model(ids).shape == (4, 5, 16)  # as many features as tokens: left as it is
+
+
+@pytest.mark.parametrize("padding", [0, 39, 20])
+def test_a_model_that_sees_padding_in_the_ids_sees_virtual_tokens(padding):
+    for declared in (None, padding):
+        if declared is None and padding == 20:
+            continue  # the middle of a vocabulary is taken for a word where nobody says otherwise
+        model, ids = encoding(lambda y, h: y, lambda ids: ids == padding, declared), torch.randint(1, 19, (3, 6))
+        base = copy.deepcopy(model)
+        P = wrapped(model, "prompt_tuning", n=3).peftlab.default.P
+        h = base.layer(torch.cat([P.expand(3, -1, -1), base.words(ids)], 1))
+        torch.testing.assert_close(model(ids), base.answer(h)[:, 3:].to(torch.float64), rtol=1e-6, atol=1e-7)
+
+
 def test_refusals_name_what_is_wrong():
     llama = hf("llama")
     for kw, match in (
@@ -254,6 +317,9 @@ def test_refusals_name_what_is_wrong():
         model(input_ids=x["input_ids"][:, :1], attention_mask=torch.ones(2, 10), past_key_values=cache)
     with pytest.raises(ValueError, match="n=0"):
         peftlab.wrap(hf("llama"), "prompt_tuning", n=0)
+    for name in ("llama", "gpt2"):  # gpt2 names encoder_hidden_states, and has no attention to them
+        with pytest.raises(ValueError, match="keep=True at '(model|transformer)': .* leave keep out"):
+            peftlab.wrap(hf(name), "prompt_tuning", n=2, keep=True)
     with pytest.raises(ValueError, match="net='gru'"):
         peftlab.wrap(hf("llama"), "p_tuning", net="gru")
 
@@ -291,6 +357,21 @@ def test_the_decoder_may_attend_to_the_encoders_virtual_tokens():
     y = model.generate(**x, **GREEDY)
     assert torch.equal(y, model.generate(**x, use_cache=False, **GREEDY))
     assert torch.equal(model.generate(input_ids=x["input_ids"][:1, 3:], attention_mask=x["attention_mask"][:1, 3:], **GREEDY)[0], y[0])
+
+
+def test_what_a_decoder_inserts_never_stays():
+    """keep=True is for the encoder's virtual tokens: the decoder's leave its output, and the loss counts the labels' tokens."""
+    x, found = batch("t5"), []
+    for how in ({}, dict(overrides={"decoder": {"keep": False}})):
+        model = wrapped(hf("t5"), "prompt_tuning", keep=True, **how)
+        y = model(**x)
+        assert y.encoder_last_hidden_state.shape[1] == 13
+        assert y.logits.shape[1] == x["labels"].shape[1]
+        found += [y.logits, y.loss]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    kept = wrapped(hf("bert_model"), "prompt_tuning", keep=True)(**batch("bert"))
+    assert kept.last_hidden_state.shape[1] == 13
 
 
 # ---------------------------------------------------------------- rows of a batch
@@ -351,6 +432,74 @@ def test_rows_of_a_model_without_a_mask(settings):
     for i, u in enumerate(rows):
         with peftlab.using(model, u):
             torch.testing.assert_close(model(ids[i : i + 1])[0], y[i], **TIGHT)
+
+
+@pytest.mark.parametrize("settings", [dict(at=1), dict(at=[0, 1]), {}], ids=str)
+def test_rows_of_a_model_that_counts_positions_itself(settings):
+    """A mask alone does not say where a row's tokens stand: each length runs by itself."""
+    model, ids, mask = Own().double(), torch.randint(0, 40, (4, 6), generator=torch.Generator().manual_seed(1)), torch.ones(4, 6)
+    mask[0, 4:] = 0
+    for i, n in enumerate((2, 3)):
+        more = dict(settings, at=[0, 1, 1][:n]) if settings.get("at") == [0, 1] else settings
+        peftlab.wrap(model, "prompt_tuning", name=f"u{i}", n=n, dtype=torch.float64, **more)
+    perturb(model)
+    for rows in (["u1", None, "u0", ["u0", "u1"]], ["u1", None, "u1", None]):
+        with peftlab.route(model, rows):
+            y = model(ids, mask)
+        for i, u in enumerate(rows):
+            with peftlab.using(model, u):
+                torch.testing.assert_close(y[i], model(ids[i : i + 1], mask[i : i + 1])[0], **TIGHT)
+
+
+def test_rows_of_bart_which_counts_positions_itself():
+    model = bart()
+    for i, n in enumerate((2, 5)):
+        peftlab.wrap(model, "prompt_tuning", name=f"u{i}", n=n)
+    perturb(model)
+    rows, x = ["u1", None, "u0", "u1"], batch("bert", rows=4, padded=0)
+    x["attention_mask"][0, 6:] = 0
+    starts = torch.randint(5, 90, (4, 4), generator=torch.Generator().manual_seed(2))
+    how = dict(max_new_tokens=5, do_sample=False, use_cache=False)
+    with peftlab.route(model, rows):
+        y = model(**x, decoder_input_ids=starts)
+        together = model.generate(**x, **how)
+        with pytest.raises(ValueError, match="'model.decoder' have different numbers .* use_cache=False"):
+            model.generate(**x, max_new_tokens=5)
+    assert y.past_key_values is None  # no cache could hold rows of different lengths
+    for i, u in enumerate(rows):
+        one = {k: v[i : i + 1] for k, v in x.items()}
+        with peftlab.using(model, u):
+            torch.testing.assert_close(y.logits[i], model(**one, decoder_input_ids=starts[i : i + 1]).logits[0], **CLOSE)
+            alone = model.generate(**one, **how)[0]
+        assert torch.equal(together[i, : len(alone)], alone)
+    with peftlab.route(model, ["u1"] * 4):  # of one length, they share a cache
+        cached = model.generate(**x, **how | dict(use_cache=True))
+        assert torch.equal(cached, model.generate(**x, **how))
+
+
+def bart() -> nn.Module:
+    sides = [dict(layers=2, attention_heads=4, ffn_dim=48)] * 2
+    sizes = {f"{side}_{k}": v for side, d in zip(("encoder", "decoder"), sides, strict=True) for k, v in d.items()}
+    torch.manual_seed(0)
+    config = transformers.BartConfig(vocab_size=100, d_model=32, max_position_embeddings=64, init_std=0.3, forced_eos_token_id=None, **sizes)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+def test_rows_of_a_model_that_weighs_distances_share_a_cache():
+    """ALiBi takes distances from the mask: shorter prompts are padded, and a cache holds them."""
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)).eval()
+    for i, n in enumerate((2, 5)):
+        peftlab.wrap(model, "prompt_tuning", name=f"u{i}", n=n)
+    perturb(model)
+    rows, x = ["u1", None, "u0", "u1"], batch("llama", rows=4)
+    with peftlab.route(model, rows):
+        y, together = model(**x).logits, model.generate(**x, **GREEDY)
+    for i, u in enumerate(rows):
+        one, real = {k: v[i : i + 1] for k, v in x.items()}, x["attention_mask"][i].bool()
+        with peftlab.using(model, u):
+            torch.testing.assert_close(y[i][real], model(**one).logits[0][real], **CLOSE)
+            assert torch.equal(model.generate(**one, **GREEDY)[0], together[i])
 
 
 # ---------------------------------------------------------------- starts, networks, files, stacks
@@ -490,6 +639,70 @@ def test_two_prompts_stand_one_before_the_other():
     torch.testing.assert_close(model(**x).logits, base(inputs_embeds=e).logits[:, 6:], **TIGHT)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_two_prompts_generate_with_a_cache(name):
+    """Which of the cached tokens are virtual, each of them knows: alone, and where the rows of a batch have one, both, or none."""
+    model = wrapped(hf(name), "prompt_tuning", n=2, at="start", name="a")
+    wrapped(model, "p_tuning", n=3, dim=8, at="start", name="b")
+    wrapped(model, "prompt_tuning", n=4, at="start", name="c")
+    x, rows = batch(name, rows=5), [["a", "b"], "b", None, ["a", "b", "c"], ["c"]]
+    for names in (["a", "b"], ["b", "c"], ["a", "b", "c"]):
+        with peftlab.using(model, names):
+            assert torch.equal(model.generate(**x, **GREEDY), model.generate(**x, use_cache=False, **GREEDY))
+            ids = x["input_ids"]
+            out = model(ids[:, :4], use_cache=True)
+            later = model(ids[:, 4:], past_key_values=out.past_key_values).logits
+            torch.testing.assert_close(torch.cat([out.logits, later], 1), model(ids).logits, **CLOSE)
+    with peftlab.route(model, rows):
+        together = model.generate(**x, **GREEDY)
+    for i, u in enumerate(rows):
+        with peftlab.using(model, u):
+            assert torch.equal(model.generate(**{k: v[i : i + 1] for k, v in x.items()}, use_cache=False, **GREEDY)[0], together[i])
+
+
+@pytest.mark.parametrize("order", [("prompt_tuning", "p_tuning_v2"), ("p_tuning_v2", "prompt_tuning")], ids=str)
+def test_moved_positions_count_cached_prompts_once(order):
+    """Without position ids a model continues from its cache where it was: virtual tokens in it stand below the moved ones once."""
+    settings = {"prompt_tuning": dict(n=2), "p_tuning_v2": dict(n=3, shift=True)}
+    model, ids = hf("llama"), batch("llama", padded=0)["input_ids"]
+    for method in order:
+        peftlab.wrap(model, method, name=method, **settings[method])
+    perturb(model)
+
+    def parts(ids: Tensor) -> Tensor:
+        out = model(ids[:, :4], use_cache=True)
+        return torch.cat([out.logits, model(ids[:, 4:], past_key_values=out.past_key_values).logits], 1)
+
+    torch.testing.assert_close(parts(ids), model(ids).logits, **CLOSE)
+    rows = ["p_tuning_v2", [*order]]
+    with peftlab.route(model, rows):
+        y = parts(ids)
+    for i, u in enumerate(rows):
+        with peftlab.using(model, u):
+            torch.testing.assert_close(y[i], model(ids[i : i + 1], attention_mask=torch.ones(1, 9)).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("net", ["mlp", "lstm"])
+def test_a_network_does_not_run_where_a_cache_holds_what_it_made(net, monkeypatch):
+    model, calls = hf("llama"), []
+    for name in "ab":
+        peftlab.wrap(model, "p_tuning", name=name, n=3, net=net, dim=8)
+    perturb(model)
+    kind = type(model.model.peftlab.a.f)
+    run = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args: calls.append(1) or run(self, *args))
+    x = batch("llama")
+    with peftlab.using(model, "a"):
+        y = model.generate(**x, **GREEDY)
+        assert len(calls) == 1
+        assert torch.equal(y, model.generate(**x, use_cache=False, **GREEDY))
+        assert len(calls) == 1 + 7  # without a cache once a step
+    calls.clear()
+    with peftlab.route(model, ["a", "b"]):
+        model.generate(**x, **GREEDY)
+    assert len(calls) == 2
+
+
 def test_check_reports_every_site_as_reached():
     for name, method in (("llama", "prompt_tuning"), ("t5", "p_tuning"), ("vit", "vpt"), ("vit", "vpt_shallow")):
         peftlab.check(wrapped(hf(name), method, n=3), **batch(name))
@@ -526,6 +739,33 @@ def test_vpt_with_the_sequence_first(deep):
     torch.testing.assert_close(model(x), oracles.vpt(blocks, x.transpose(0, 1), P, 0).transpose(0, 1), **TIGHT)
     with pytest.raises(ValueError, match="a mask perhaps"):
         model(x, mask=torch.zeros(5, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_vpt_around_blocks_that_are_called_by_name(deep):
+    class Blocks(nn.Module):
+        def __init__(self, by_name: bool):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2))
+            self.by_name = by_name
+
+        def forward(self, x):
+            for b in self.blocks:
+                x = b(src=x) if self.by_name else b(x)
+            return x
+
+    x, found = torch.randn(4, 5, 8), []
+    for by_name in (True, False):
+        model = wrapped(Blocks(by_name), "vpt", n=3, deep=deep, targets="blocks.*")
+        with peftlab.route(model, ["default", None, None, "default"]):
+            routed = model(x)
+        found.append((model(x), routed))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(found[0][0][[0, 3]], found[0][1][[0, 3]], **CLOSE)
+    with pytest.raises(ValueError, match=r"'blocks.0' was called without tokens"):
+        model.blocks[0]()
 
 
 def test_vpt_is_for_patches():

@@ -192,7 +192,8 @@ def test_quantize_changes_the_weight_and_nothing_else(kind):
     assert seen == [(1, 3, "0"), (2, 3, "2"), (3, 3, "3")]
     assert list(model.modules()) == modules and all(isinstance(model[i], nn.Linear) for i in (0, 2, 3))
     assert {k: id(p) for k, p in model.named_parameters() if "bias" in k} == {k: id(p) for k, p in biases.items()}
-    assert model[0].weight.dtype == (torch.int8 if kind == "int8" else torch.uint8) and not model[0].weight.requires_grad
+    codes = dict(model.named_parameters())["0.weight"]
+    assert codes.dtype == (torch.int8 if kind == "int8" else torch.uint8) and not codes.requires_grad
     x = randn(5, 24)
     twin = mlp()
     with torch.no_grad():
@@ -320,6 +321,106 @@ def test_an_own_compute_dtype():
     host, m = model[0], model[0].peftlab.default
     wanted = peftlab.layers.rule_of(host).affine(host, m.weight(W), b, x)
     torch.testing.assert_close(model[0](x), wanted, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_shows_its_weight_dense(kind):
+    """To code that asks for it; none can write to it, and the state dict and the parameters hold the codes."""
+    x = randn(2, 24)
+    model = peftlab.quantize(nn.Sequential(nn.Linear(24, 10), Net(conv1d_hf(6, 10)), nn.Embedding(7, 4)).bfloat16(), kind, targets="*")
+    for m in (model[0], model[1].layer, model[2]):
+        W = dense(m)
+        assert (m.weight.shape, m.weight.dtype, m.weight.device, m.weight.requires_grad) == (W.shape, torch.bfloat16, W.device, False)
+        assert torch.equal(m.weight + 0, W) and torch.equal(m.weight.float(), W.float()) and m.weight.stride() == W.stride()
+        before = packed_weights(m)["weight"].codes.clone()
+        for write in (lambda w: w.zero_(), lambda w: w.data.mul_(2), lambda w: nn.init.ones_(w)):
+            with pytest.raises(RuntimeError, match="cannot be written to; peftlab.dequantize"):
+                write(m.weight)
+        assert torch.equal(packed_weights(m)["weight"].codes, before)
+    assert torch.equal(F.linear(x.to(model[0].weight.dtype), model[0].weight, model[0].bias), model[0](x.bfloat16()))
+    assert model.half()[0].weight.dtype == torch.float16
+    fast = torch.compile(lambda x: model[0](x.to(model[0].weight.dtype)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(x), model[0](x.half()))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_model_that_asks_a_layer_for_its_dtype(kind):
+    """T5 casts activations to the dtype of a weight: to that of codes, everything would be cut to whole numbers."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, dropout_rate=0.0)
+    model = peftlab.quantize(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), kind)
+    twin = peftlab.dequantize(copy.deepcopy(model))
+    ids, found = torch.randint(1, 50, (2, 5), generator=gen(1)), []
+    for m in (model, twin):
+        stir(peftlab.wrap(m, "lora", r=2))
+        loss = m(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in m.parameters() if p.requires_grad)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_a_dense_layer_refuses(kind):
+    model = peftlab.quantize(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)), kind, targets="*")
+    with pytest.raises(TypeError, match=rf"Linear with {kind} codes got an input of torch.int64: a floating dtype"):
+        model[1](torch.ones(2, 4, dtype=torch.int64))
+    for index in (torch.tensor([-1]), torch.tensor([[0, 7]])):
+        with pytest.raises(IndexError, match="out of range"):
+            model[0](index)
+    with pytest.raises(RuntimeError, match="indices"):
+        model[0](torch.tensor([1], dtype=torch.uint8))
+    assert torch.equal(model[0](torch.tensor([6, 0], dtype=torch.int32)), dense(model[0])[[6, 0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torch_func(kind, wrapped):
+    """Gradients of each sample, Jacobians both ways."""
+    model = peftlab.quantize(nn.Sequential(nn.Linear(24, 10), nn.Tanh(), nn.Linear(10, 4)), kind, targets="*")
+    twin = peftlab.dequantize(copy.deepcopy(model))
+    if wrapped:
+        for m in (model, twin):
+            stir(peftlab.wrap(m, "lora", r=2, targets="*"))
+    x = randn(5, 24)
+    found = []
+    for m in (model, twin):
+        trained = {k: p.detach() for k, p in m.named_parameters() if p.is_floating_point()}
+
+        def loss(tensors, row, m=m):
+            return torch.func.functional_call(m, tensors, row).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+        names = sorted(k for k in trained if "peftlab" in k or k.endswith("bias"))
+        found.append([torch.func.jacrev(m)(x[0]), torch.func.jacfwd(m)(x[0]), torch.func.vmap(m)(x), *(each[k] for k in names)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(NotImplementedError, match="vmap over the codes"):
+        codes = {"0.weight": torch.stack([dict(model.named_parameters())["0.weight"]] * 2)}
+        torch.func.vmap(lambda c: torch.func.functional_call(model, c, x), 0)(codes)
+
+
+def test_a_state_that_does_not_fit_is_said_to_be_there():
+    model = peftlab.quantize(mlp(), targets="0")
+    state = model.state_dict()
+    del state["0.weight.absmax"]
+    for wrong, text in ((state, r"0\.weight: weight\.absmax missing"), (mlp().state_dict(), r"0\.weight is quantised \(nf4\) and the state holds it dense")):
+        with pytest.raises(RuntimeError, match=text) as e:
+            model.load_state_dict(wrong)
+        assert "Missing key" not in str(e.value)
+
+
+def test_the_name_of_a_layer_that_was_made_dense_by_hand():
+    model = peftlab.quantize(mlp(), targets="*")
+    assert "nf4" in repr(model[0])
+    model[0].weight = nn.Parameter(torch.zeros(40, 24))
+    assert "nf4" not in repr(model[0]) and torch.equal(model[0](randn(2, 24)), model[0].bias.expand(2, -1))
+
+
+def test_shapes_on_meta():
+    for model in (mlp(), peftlab.wrap(mlp(), "lora", r=2, targets="*"), peftlab.quantize(mlp(), targets="*")):
+        assert model.to("meta")(torch.empty(3, 24, device="meta")).shape == (3, 10)
 
 
 @pytest.mark.parametrize("tile", [1 << 19, 100])
@@ -671,7 +772,7 @@ def test_merged_and_back(trained, onto, unload):
         assert all(1e-3 < e < 0.2 for e in errors.values()) and len(report.above(1e-3)) == 3
         assert "error" in repr(report)
     kind = torch.uint8 if onto == "requantized" else torch.float32
-    assert all(model[i].weight.dtype == kind for i in E)
+    assert all(dict(model.named_parameters())[f"{i}.weight"].dtype == kind for i in E)
     if unload:
         plain = peftlab.quantize(mlp(), targets="*") if onto == "requantized" else mlp()
         assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]

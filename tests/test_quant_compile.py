@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quant import mlp, randn, subjects
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.flop_counter import FlopCounterMode
 
 import peftlab
 from peftlab.quant import codes as C
@@ -71,6 +72,12 @@ def test_what_is_exported_needs_no_peftlab(kind, dtype):
     exported = torch.export.export(model, (x,))
     assert not [node for node in exported.graph.nodes if "peftlab" in str(node.target)]
     assert torch.equal(exported.module()(x), model(x))
+
+
+def test_torch_jit_is_refused_by_name():
+    model, x = peftlab.quantize(mlp(64), targets="*"), randn(5, 64)
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace does not see into quantised layers: torch.export does"):
+        torch.jit.trace(model, (x,))
 
 
 # ---------------------------------------------------------------- decoding that is compiled itself
@@ -209,6 +216,26 @@ def test_other_dtypes_and_a_switch_that_is_off(runs):
     assert not runs
 
 
+@pytest.mark.skipif("guard_filter_fn" not in compiled.OPTIONS, reason="this torch makes a kernel for every state")
+def test_kernels_outlast_changes_of_state(runs):
+    p, x = C.quantise(randn(96, 128).bfloat16(), "nf4"), randn(1, 128).bfloat16()
+    wanted, y, threads = C.dequantise(p), multiply(x, None, p, False), torch.get_num_threads()
+    with FlopCounterMode(display=False) as flops:
+        assert torch.equal(multiply(x, None, p, False), without(lambda: multiply(x, None, p, False)))
+    assert flops.get_total_flops() == 4 * 96 * 128
+    runs.clear()
+    try:
+        for n in range(1, 13):
+            torch.set_num_threads(n)
+            torch.use_deterministic_algorithms(n % 2 == 0)
+            assert torch.equal(C.dequantise(p), wanted)
+            torch.testing.assert_close(multiply(x, None, p, False), y)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    assert runs == 12 * ["decode", "dot"]
+
+
 def test_kernels_that_fail_are_not_used(monkeypatch):
     monkeypatch.setattr(compiled, "_kernels", None)
 
@@ -216,7 +243,7 @@ def test_kernels_that_fail_are_not_used(monkeypatch):
         out.zero_()
 
     for kernel, text in (
-        (lambda *a, **facts: 1 / 0, "made no decoding kernels .ZeroDivisionError: division by zero.: is there a C.. compiler"),
+        (lambda *a, **facts: 1 / 0, "made no decoding kernels, for which it needs a C.. compiler: ZeroDivisionError: division by zero"),
         (zeros, "for nf4 are wrong on this machine"),
     ):
         monkeypatch.setattr(torch, "compile", lambda f, kernel=kernel, **options: kernel)
@@ -229,12 +256,12 @@ def test_kernels_that_fail_are_not_used(monkeypatch):
 
 def test_kernels_that_stop_working_are_left(runs, monkeypatch):
     def stops(*args, **facts):
-        raise RuntimeError("recompile limit")
+        raise RuntimeError("recompile limit\nand much more")
 
     p = C.quantise(randn(8, 64).bfloat16(), "nf4")
     wanted = without(lambda: C.dequantise(p))
     monkeypatch.setattr(compiled, "_kernels", compiled.Kernels(stops, stops))
-    with pytest.warns(UserWarning, match="compiled decoding is off: RuntimeError: recompile limit"):
+    with pytest.warns(UserWarning, match="compiled decoding is off: RuntimeError: recompile limit;"):
         assert torch.equal(C.dequantise(p), wanted)
     assert compiled._kernels is None
     assert torch.equal(C.dequantise(p), wanted)

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
 import test_distributed as pair
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_quant_distributed import adapted
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -21,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import peftlab
 from peftlab.quant import format as keys
-from peftlab.quant import packed_weights
+from peftlab.quant import load, packed_weights
+from peftlab.quant.codes import dequantise, quantise
 
 KINDS = {"nf4": dict(kind="nf4"), "nf4, plain scales": dict(kind="nf4", double_quant=False), "fp4": dict(kind="fp4"), "int8": dict(kind="int8")}
 IDS = torch.arange(8)[None]
@@ -56,6 +58,148 @@ def pack(net: nn.Module, how: dict) -> nn.Module:
 def logits(net: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return net(IDS).logits
+
+
+# ---------------------------------------------------------------- how files are read
+
+
+class Opened:
+    """Counts what is opened, and what of it is open."""
+
+    def __init__(self, monkeypatch):
+        self.count = self.now = 0
+        real = safetensors.safe_open
+
+        class Counting:
+            def __init__(own, *args):
+                own.file = real(*args)
+                self.count += 1
+
+            def __enter__(own):
+                self.now += 1
+                return own.file.__enter__()
+
+            def __exit__(own, *args):
+                self.now -= 1
+                return own.file.__exit__(*args)
+
+        monkeypatch.setattr(safetensors, "safe_open", Counting)
+
+
+def small(n: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(n)))
+
+
+def in_two_files(state: dict, folder: Path) -> Path:
+    """A folder with every other tensor of a state in each of two files."""
+    folder.mkdir()
+    for i in range(2):
+        save_file({k: state[k].contiguous() for k in list(state)[i::2]}, folder / f"{i}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_each_file_is_opened_once_however_many_tensors_it_holds(coded, tmp_path, monkeypatch):
+    for n in (3, 12):
+        net = small(n)
+        state = (peftlab.quantize(net, targets="*") if coded else net).state_dict()
+        folder = in_two_files(state, tmp_path / str(n))
+        with monkeypatch.context() as m:
+            opened = Opened(m)
+            fresh = peftlab.load_quantized(small(n), folder, None if coded else "nf4", targets=None if coded else "*")
+        assert (opened.count, opened.now) == (2, 0)
+        assert len(packed_weights(fresh)) == n
+
+
+def test_files_are_opened_anew_after_so_many_bytes(tmp_path, monkeypatch):
+    """What was read of a map counts as memory until it is closed, so that a file larger than memory must not stay open."""
+    net = small(8)
+    folder = in_two_files(net.state_dict(), tmp_path / "a")
+    monkeypatch.setattr(load, "TURN", 1000)
+    opened = Opened(monkeypatch)
+    fresh = peftlab.load_quantized(small(8), folder, None)
+    assert opened.now == 0 and 2 < opened.count <= 2 * 3  # 2304 bytes
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["a tensor that does not fit", "progress", "an interrupt"])
+def test_files_are_closed_and_the_model_is_as_it_was_after_a_failure(where, tmp_path, monkeypatch):
+    def stop(done, total, name):
+        if done == 3:
+            raise KeyboardInterrupt if where == "an interrupt" else RuntimeError("enough")
+
+    folder = in_two_files(small(4).state_dict() | ({"9.weight": torch.zeros(1)} if where == "a tensor that does not fit" else {}), tmp_path / "a")
+    fresh = small(4)
+    before = {k: t.clone() for k, t in fresh.state_dict().items()}
+    opened = Opened(monkeypatch)
+    with pytest.raises((RuntimeError, ValueError, KeyboardInterrupt)):
+        peftlab.load_quantized(fresh, folder, targets="*", progress=stop)
+    assert opened.count == 2 and opened.now == 0
+    after = fresh.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(t, before[k]) for k, t in after.items())
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_a_loaded_model_does_not_change_with_its_file(coded, tmp_path):
+    net = small(2)
+    state = (peftlab.quantize(net, targets="*") if coded else net).state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    fresh = peftlab.load_quantized(small(2), tmp_path / "a.safetensors", None)
+    size = (tmp_path / "a.safetensors").stat().st_size
+    with open(tmp_path / "a.safetensors", "r+b") as f:  # in place, so that a map of it would show it
+        f.write(b"\xff" * size)
+    again = fresh.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(t, state[k]) for k, t in again.items())
+
+
+def test_a_tensor_may_lie_under_any_of_its_names(tmp_path):
+    def tied():
+        net = nn.ModuleDict({"embed": nn.Embedding(12, 16), "head": nn.Linear(16, 12, bias=False)})
+        net["head"].weight = net["embed"].weight
+        return net
+
+    def twice():
+        layer = nn.Linear(16, 16, bias=False)
+        return nn.ModuleDict({"a": layer, "b": layer})
+
+    W = torch.randn(12, 16)
+    save_file({"head.weight": W}, tmp_path / "tied")
+    net = peftlab.load_quantized(tied(), tmp_path / "tied", None)
+    assert torch.equal(net["embed"].weight, W) and net["head"].weight is net["embed"].weight
+    for name in "ab":
+        W = torch.randn(16, 16)
+        save_file({f"{name}.weight": W}, tmp_path / name)
+        assert torch.equal(peftlab.load_quantized(twice(), tmp_path / name, None)["a"].weight, W)
+        net = peftlab.load_quantized(twice(), tmp_path / name, targets="*")
+        assert len(packed_weights(net)) == 1
+        assert torch.equal(peftlab.dequantize(net)["b"].weight, dequantise(quantise(W, "nf4")))
+
+
+def test_codes_have_no_place_in_a_tied_parameter(tmp_path):
+    save_file(peftlab.quantize(nn.ModuleDict({"head": nn.Linear(16, 12, bias=False)}), targets="head").state_dict(), tmp_path / "a")
+    net = nn.ModuleDict({"embed": nn.Embedding(12, 16), "head": nn.Linear(16, 12, bias=False)})
+    net["head"].weight = net["embed"].weight
+    with pytest.raises(ValueError, match=r"'head\.weight' is quantised in the file and tied to another parameter: untie"):
+        peftlab.load_quantized(net, tmp_path / "a", None)
+    assert not packed_weights(net)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    for odd, said in ((3, "files=3"), (None, "files=None"), ([tmp_path, 3.5], r"files=3\.5"), (b"a", "files=97")):
+        with pytest.raises(TypeError, match=f"^{said}: the path of a safetensors file"):
+            peftlab.load_quantized(small(1), odd)
+    good = tmp_path / "good.safetensors"
+    save_file(small(1).state_dict(), good)
+    whole = good.read_bytes()
+    for content in (b"", b"hello, this is text", b"\xff" * 64, whole[:-1], whole[:20], whole + b"x"):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        for files in (tmp_path / "bad.safetensors", [good, str(tmp_path / "bad.safetensors")]):
+            with pytest.raises(peftlab.LoadError, match=r"bad\.safetensors' is not a whole safetensors file: "):
+                peftlab.load_quantized(small(1), files, targets="*")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        peftlab.load_quantized(small(1), tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no safetensors file there"):
+        peftlab.load_quantized(small(1), [])
 
 
 # ---------------------------------------------------------------- transformers
@@ -175,7 +319,7 @@ def test_an_unfinished_load_of_a_checkpoint_is_noticed(tmp_path):
     state = other.state_dict()
     dcp.load(state, checkpoint_id=tmp_path / "c")
     del state["layers.0.qkv.weight.absmax"]
-    with pytest.raises(RuntimeError, match=r"layers\.0\.qkv\.'weight': weight\.absmax missing"):
+    with pytest.raises(RuntimeError, match=r"layers\.0\.qkv\.weight: weight\.absmax missing"):
         other.load_state_dict(state)
 
 

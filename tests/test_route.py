@@ -274,3 +274,84 @@ def test_ids_without_a_batch_dimension_are_refused(n):
         with pytest.raises(ValueError, match="batch dimension"):
             model(torch.arange(4))
         assert model(torch.arange(4)[None]).shape == (n, 4, 6)
+
+
+def layers(batch_first: bool, norm_first: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+
+
+AROUND = {"parallel": dict(dim=4, targets=":blocks"), "pfeiffer": dict(dim=4), "houlsby": dict(dim=4), "xlora": dict(r=2, dim=4)}
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("method", AROUND)
+def test_rows_around_blocks_with_the_sequence_first_are_refused(method, norm_first):
+    """The first dimension counts tokens there, and whoever would take rows from it would give tokens adapters of their own."""
+    x = torch.randn(4, 4, 8).double()
+    model = moved(layers(False, norm_first), "a", method=method, **AROUND[method])
+    for dim in (0, 1):
+        with pytest.raises(ValueError, match="has the sequence there .* batch_first=True"), peftlab.route(model, ["a", None] * 2, batch_dim=dim):
+            pass
+    with peftlab.route(model, [None] * 4):
+        y = model(x)
+    with peftlab.disabled(model):
+        torch.testing.assert_close(y, model(x))
+    model = moved(layers(True, norm_first), "a", method=method, **AROUND[method])
+    with peftlab.route(model, ["a", None] * 2):
+        y = model(x)
+    for i, name in enumerate(["a", None] * 2):
+        with peftlab.using(model, name):
+            torch.testing.assert_close(y[i], model(x[i : i + 1])[0], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "llama_adapter", "vpt", "vpt_shallow"])
+def test_rows_of_methods_that_know_the_layout(method):
+    more = dict(n=2, targets="layers.*", at=0) if "vpt" in method else dict(n=2)
+    model, x = moved(layers(False), "a", "b", method=method, **more), torch.randn(5, 4, 8).double()
+    with peftlab.route(model, NAMES):
+        y = model(x)
+    for i, name in enumerate(NAMES):
+        with peftlab.using(model, name):
+            torch.testing.assert_close(y[:, i], model(x[:, i : i + 1])[:, 0], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("lora", {}), ("oft", {}), ("houlsby", dict(dim=4)), ("p_tuning_v2", dict(n=2)), ("prompt_tuning", dict(n=2))],
+    ids=str,
+)
+def test_a_batch_of_one_row_is_not_several(method, more):
+    """Ids of positions are the same for all rows; a batch of one is a batch of another size."""
+    model, ids = moved(llama(), "a", "b", method=method, **more), torch.randint(1, 100, (1, 6))
+    with peftlab.route(model, ["a", "b", None]), pytest.raises(ValueError, match=r"got \(1, 6.*no multiple of the 3 rows"):
+        model(ids)
+
+
+def test_positions_that_all_rows_share():
+    """A table of positions that is looked up once for all rows gives each row its own."""
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.places, self.out = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.out(x + self.places(torch.arange(x.shape[1])[None]))
+
+    x = torch.randn(4, 5, 6).double()
+    for method, more in (("lora", {}), ("full", {}), ("ia3", {})):
+        model = moved(Placed().double(), "a", "b", method=method, targets="places", **more)
+        with peftlab.route(model, NAMES):
+            y = model(x)
+        for i, name in enumerate(NAMES):
+            with peftlab.using(model, name):
+                torch.testing.assert_close(y[i], model(x[i : i + 1])[0], rtol=1e-9, atol=1e-10)
+
+
+def test_positions_of_no_rows_are_refused():
+    model = moved(llama(), "a", method="loreft")
+    with peftlab.positions(model, torch.zeros(0, 6, dtype=torch.bool)), pytest.raises(ValueError, match="of 0 rows were named, and a batch of 3 came"):
+        model(torch.randint(1, 100, (3, 6)))

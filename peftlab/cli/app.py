@@ -122,10 +122,8 @@ def methods(family: Annotated[str | None, typer.Option(help="Only this family.")
     """List the methods."""
     import peftlab
 
-    rows = peftlab.methods(family)
-    if not rows:
-        families = sorted({row.family for row in peftlab.methods() if row.family})
-        raise UserError(f"--family {family}: there is none of that name; there are {', '.join(families)}")
+    with blamed("--family"):
+        rows = peftlab.methods(family)
     table = Table("name", "family", "what it is", "trains, a site", "paper")
     for row in rows:
         table.add_row(*(escape(text) for text in (row.name, row.family, row.summary, row.trains, row.paper)))

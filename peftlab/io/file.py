@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -83,7 +83,10 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: dict) 
     head = encode(tensors, header)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a directory; give a file name such as {str(path / 'adapter.safetensors')!r}")
-    fd, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        fd, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as e:  # which names the file that was to be renamed
+        raise OSError(e.errno, e.strerror, str(path)) from None
     try:
         with os.fdopen(fd, "wb") as f:
             f.write(head)
@@ -102,28 +105,32 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], header: dict) 
     return len(head) + sum(t.numel() * t.element_size() for t in tensors.values()), len(head)
 
 
-def read_header(path: str | os.PathLike) -> dict:
-    """The checked header of a file, without its tensors."""
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator:
+    """A safetensors file; LoadError inside the block where it is none, or damaged."""
+    if os.path.isdir(path):
+        raise LoadError(f"{str(path)!r} is a folder; give the file that save wrote, such as {str(Path(path) / 'adapter.safetensors')!r}")
     try:
         with safetensors.safe_open(path, "pt") as f:
-            return _header(path, f)
+            yield f
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as e:
         raise LoadError(f"{str(path)!r} is not a whole safetensors file: {e}") from None
+
+
+def read_header(path: str | os.PathLike) -> dict:
+    """The checked header of a file, without its tensors."""
+    with opened(path) as f:
+        return _header(path, f)
 
 
 def read(path: str | os.PathLike, wanted=None) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors), every tensor checked against its checksum; `wanted(key)` may leave some out."""
-    try:
-        with safetensors.safe_open(path, "pt") as f:
-            header = _header(path, f)
-            tensors = {k: f.get_tensor(k) for k in f.keys() if wanted is None or wanted(k)}  # noqa: SIM118 - not a dict
-            stored = set(f.keys())
-    except FileNotFoundError:
-        raise
-    except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as e:
-        raise LoadError(f"{str(path)!r} is not a whole safetensors file: {e}") from None
+    with opened(path) as f:
+        header = _header(path, f)
+        tensors = {k: f.get_tensor(k) for k in f.keys() if wanted is None or wanted(k)}  # noqa: SIM118 - not a dict
+        stored = set(f.keys())
     listed = header["tensors"]
     if stored != listed.keys():
         odd = sorted(stored ^ listed.keys())

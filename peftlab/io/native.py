@@ -17,7 +17,7 @@ from ..host import CHILD, SHARED, Recipe, Shape, Site, as_kind, bare, changes_bi
 from ..method import Method
 from ..patterns import as_list, did_you_mean, matches, nearest, show
 from ..registry import entries, keywords, resolve
-from ..sites import Model, ensure_module, identity, join
+from ..sites import Model, ensure_module, identity, join, refuse_inference_tensors
 from ..sublayers import widths
 from ..switch import _changed_buffers
 from ..wrap import _Request, adapter_modules, attach, check_dtype, check_name, finish, ledgers, names, outside_disabled, samples, set_trainable, which
@@ -288,6 +288,7 @@ def _included(root: nn.Module, patterns: list, taken: set[str], stored: set[int]
 
 
 @paused_gc()
+@torch.inference_mode(False)  # what trains cannot be made inside it
 def load(
     model: nn.Module, path: str | os.PathLike, names: str | Iterable[str] | Mapping[str, str] | None = None, *, trainable: bool | None = None,
     strict: bool = True, allow_base_mismatch: bool = False, dtype: torch.dtype | None = None,
@@ -331,6 +332,7 @@ def load(
         if n not in there:
             raise LoadError(f"{str(path)!r} has no adapter {n!r}; it holds {list(there)}.{did_you_mean(n, there)}")
     view = Model.of(root)
+    refuse_inference_tensors(root)
     try:
         if not allow_base_mismatch:
             _check_base(root, header, [there[n] for n in renamed])

@@ -25,6 +25,7 @@ from ..parts import outputs, prefix
 
 class LlamaAdapter(Method):
     on = "module"
+    any_layout = True  # rows are told apart inside, where the layout is known
     place = ":attention"
 
     def __init__(self, base: Base, *, n: int = 10, tanh: bool = True):

@@ -81,6 +81,8 @@ class LoReFT(Method):
     def routed(cls, base: Base, parts, *args, **kwargs):
         given = spots.named(base.site.host, args, kwargs)
         past = spots.past_tokens(base.site.host, given)  # now: the call itself fills the cache
+        if past and all(m.common.where.get() is None for m, _ in parts):  # a decoding step, which edits nothing
+            return base(*args, **kwargs)
 
         def edit(h: Tensor) -> Tensor:
             z = h.flatten(1, -2) if h.ndim > 2 else h[:, None]  # without a sequence every row is one token

@@ -37,6 +37,8 @@ class MoLA(Method):
         if positive_int("k", k, None, base) > experts:
             raise ValueError(f"k={k} at {base.path!r}: there are {experts} experts")
         self.k, self.s, self.balance = k, finite("alpha", alpha) / r, finite("balance", balance)
+        if balance < 0:
+            raise ValueError(f"balance={balance} at {base.path!r}: must not be negative, which would send all tokens to one expert")
         self.A = nn.Parameter((torch.rand(experts, r, base.n_in) * 2 - 1) / base.n_in**0.5)
         self.B = nn.Parameter(torch.zeros(experts, base.n_out, r))
         self.W_g = nn.Parameter(torch.randn(experts, base.n_in) * 0.02)

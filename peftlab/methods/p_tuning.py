@@ -63,8 +63,8 @@ class PTuning(Method):
         return {"net": "none"}, {} if self.P is None else {"P": self.prompt()}
 
     def forward(self, base: Base, *args, **kwargs):
-        return self.stack(base, self.prompt(), args, kwargs)
+        return self.stack(base, self.prompt, args, kwargs)
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        return Surround.routed(base, [(m.stack, m.prompt(), rows) for m, rows in parts], args, kwargs)
+        return Surround.routed(base, [(m.stack, m.prompt, rows) for m, rows in parts], args, kwargs)

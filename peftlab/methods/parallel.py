@@ -59,10 +59,13 @@ class Parallel(Method):
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        x = outputs.tensors(args, kwargs)
-        if len(x) < 1 + base.adds:
-            raise ValueError(f"{base.path!r} was called without the input that the adapter takes: sit at another module")
-        x = x[base.adds]
+        if base.adds:
+            x = list(outputs.declared(base.site.host, args, kwargs).values())
+            if len(x) < 2:
+                raise ValueError(f"{base.path!r} was called without the residual that it adds: sit at another module")
+            x = x[base.adds]
+        else:
+            x = outputs.given(base.site.host, args, kwargs, base.n_in, base.path)
 
         def change(m: Parallel, h: Tensor, rows: Tensor | None) -> Tensor:
             return h + m.branch(x if rows is None else x.index_select(0, rows)).to(h.dtype)

@@ -54,7 +54,7 @@ class Pfeiffer(Method):
         out = base(*args, **kwargs)
         if not base.is_norm:
             return outputs.edited(out, lambda z: self.change(z, z))
-        u = outputs.tensors(args, kwargs)[0]
+        u = outputs.given(base.site.host, args, kwargs, base.n_in, base.path)
         args, kwargs = outputs.swapped(args, kwargs, u, self.change(outputs.hidden(out), u))
         return base(*args, **kwargs)
 
@@ -63,7 +63,7 @@ class Pfeiffer(Method):
         out = base(*args, **kwargs)
         if not base.is_norm:
             return outputs.edited(out, lambda h: outputs.by_rows(h, parts, lambda m, z, rows: m.change(z, z)))
-        u, z = outputs.tensors(args, kwargs)[0], outputs.hidden(out)
+        u, z = outputs.given(base.site.host, args, kwargs, base.n_in, base.path), outputs.hidden(out)
         new = outputs.by_rows(u, parts, lambda m, v, rows: m.change(z.index_select(0, rows), v))
         args, kwargs = outputs.swapped(args, kwargs, u, new)
         return base(*args, **kwargs)

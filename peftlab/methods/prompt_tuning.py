@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..method import Base, Method, finite
 from ..parts.slots import Place, check_place
@@ -56,9 +56,13 @@ class PromptTuning(Method):
     def fits(cls, site) -> bool:
         return Surround.fits(site)
 
+    def prompt(self) -> Tensor | None:
+        """(n, d), what goes in."""
+        return self.P
+
     def forward(self, base: Base, *args, **kwargs):
-        return self.stack(base, self.P, args, kwargs)
+        return self.stack(base, self.prompt, args, kwargs)
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        return Surround.routed(base, [(m.stack, m.P, rows) for m, rows in parts], args, kwargs)
+        return Surround.routed(base, [(m.stack, m.prompt, rows) for m, rows in parts], args, kwargs)

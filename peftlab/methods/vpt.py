@@ -24,8 +24,17 @@ from ..parts import outputs, prefix, slots
 from ..parts.slots import Place
 
 
+def tokens(base: Base, args: tuple, kwargs: dict) -> Tensor:
+    """The tokens that a block is called with, by position or by name."""
+    found = outputs.tensors(args, kwargs)
+    if not found:
+        raise ValueError(f"{base.path!r} was called without tokens")
+    return found[0]
+
+
 class VPT(Method):
     on = "module"
+    any_layout = True  # rows are told apart inside, where the layout is known
     place = ":patch-blocks"
     neutral = False
 
@@ -59,13 +68,14 @@ class VPT(Method):
 
     def run(self, base: Base, P: Tensor | None, n: int, most: int, who: object, args: tuple, kwargs: dict):
         """The block with n virtual tokens, P (1 or B, n, d) where they enter; on the way there is room for `most`, the last n of it theirs."""
-        (x, *rest), d = args, self.dim
-        if any(isinstance(t, Tensor) for t in (*rest, *kwargs.values())):
+        old, d = tokens(base, args, kwargs), self.dim
+        if any(isinstance(t, Tensor) and t is not old for t in (*args, *kwargs.values())):
             raise ValueError(f"{base.path!r} was called with more tensors than its tokens, a mask perhaps, which cannot be lengthened by {n} virtual ones")
         # Other adapters' tokens that entered below stand in front of these; how many, the first block's output shows.
         inside = 0 if most == n or self.enters else self.common.inside[who]
-        x = slots.among(x, P, self.at, d) if self.enters else slots.without(x, self.at + inside, most - n, d)
-        out = base(x, *rest, **kwargs)
+        x = slots.among(old, P, self.at, d) if self.enters else slots.without(old, self.at + inside, most - n, d)
+        args, kwargs = outputs.swapped(args, kwargs, old, x)
+        out = base(*args, **kwargs)
         if self.leaves:
             return outputs.edited(out, lambda y: slots.without(y, self.at, n, d))
         if self.enters:
@@ -74,7 +84,8 @@ class VPT(Method):
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        first, B = parts[0][0], args[0].shape[1 - parts[0][0].dim]
+        first, x = parts[0][0], tokens(base, args, kwargs)
+        B = x.shape[1 - first.dim]
         rest = torch.ones(B, dtype=torch.bool)
         groups: dict[int, list] = {}
         for m, rows in parts:
@@ -85,5 +96,5 @@ class VPT(Method):
         who, runs = tuple(sorted((m.recipe.name, *rows.tolist()) for m, rows in parts)), []
         for n, found in groups.items():
             P, _ = prefix.together([p for p, _ in found], [rows for _, rows in found], B)
-            runs.append((first.run(base, P.to(args[0].device), n, max(groups), who, args, kwargs), torch.cat([rows for _, rows in found])))
+            runs.append((first.run(base, P.to(x.device), n, max(groups), who, args, kwargs), torch.cat([rows for _, rows in found])))
         return outputs.joined([out for out, _ in runs], [rows for _, rows in runs], B, first.dim)

@@ -7,7 +7,8 @@ The model runs twice: once without the experts for h, once with the gates. `expe
 copied, so that they may be taken off afterwards, and they must be switched off before: `activate(model, None)`. r is at least their ranks.
 A number instead makes as many new ones, B = 0, which are trained along; train=True trains named ones too. The classifier has `depth` layers,
 inside `dim` wide; layerwise=False gives all layers the same gates, softmax=False leaves them as they are, and only the k largest act
-where k is given.
+where k is given. Gates belong to the tokens of the model's input: a layer that is called with others, as keys and values are by llama_adapter,
+must be excluded. One thread at a time runs the model.
 
 Trains: (train or isinstance(experts, int)) * count(experts) * r * (n_in + n_out) if site.rule.pointwise else
     router.classifier_size(n_in, dim, depth, int(sites) - 2 if layerwise else 1, count(experts)) / 2
@@ -47,11 +48,6 @@ class XLoRA(Method):
         super().__init__(base)
         n, self.path, self.owner = count(experts), base.path, base.path == self.common.owner
         positive_int("r", r, min(base.n_in, base.n_out) if base.pointwise else None, base)
-        if k is not None and positive_int("k", k, None, base) > n:
-            raise ValueError(f"k={k}: there are {n} experts")
-        if finite("temperature", temperature) <= 0:
-            raise ValueError(f"temperature={temperature}: must be positive")
-        self.how = (k, softmax, temperature)
         if not base.pointwise:
             return
         A, B = (torch.rand(n, r, base.n_in) * 2 - 1) / base.n_in**0.5, torch.zeros(n, base.n_out, r)
@@ -77,12 +73,17 @@ class XLoRA(Method):
         return model.place(":trunk")
 
     @classmethod
-    def shared(cls, sites, *, experts: int | list = 4, depth: int = 1, dim: int = 2048, layerwise: bool = True, seed: int = 0) -> nn.Module:
+    def shared(cls, sites, *, experts=4, depth=1, dim=2048, k=None, softmax=True, temperature=1.0, layerwise=True, seed=0) -> nn.Module:
         there, trunk = [s.path for s in sites if s.rule.pointwise], [s for s in sites if not s.rule.pointwise]
         if len(trunk) != 2:
             raise ValueError("xlora needs a model with one list of blocks, whose last hidden state its router reads")
+        if k is not None and positive_int("k", k, None) > count(experts):
+            raise ValueError(f"k={k}: there are {count(experts)} experts")
+        if finite("temperature", temperature) <= 0:
+            raise ValueError(f"temperature={temperature}: must be positive")
         widths = (trunk[0].n_in, positive_int("dim", dim, None), positive_int("depth", depth, None))
-        return router.Classifier(*widths, there, layerwise, count(experts), min((s.path for s in trunk), key=len), seed)
+        owner = min((s.path for s in trunk), key=len)
+        return router.Classifier(*widths, there, layerwise, count(experts), owner, seed, (k, softmax, temperature))
 
     def mixed(self, x: Tensor, g: Tensor) -> Tensor:
         h = F.linear(x, self.A.flatten(0, 1).to(x.dtype)) * g.to(x.dtype).repeat_interleave(self.A.shape[1], -1)
@@ -95,7 +96,7 @@ class XLoRA(Method):
     def routed(cls, base: Base, parts, *args, **kwargs):
         if parts[0][0].owner:
             runs = caches.two_runs(base, base.site.host, args, kwargs, "+".join(sorted(m.recipe.name for m, _ in parts)))
-            return router.twice(*runs, [(m.common, m.how, rows) for m, rows in parts])
+            return router.twice(base.site.host, *runs, [(m.common, m.common.how, rows) for m, rows in parts])
         out = base(*args, **kwargs)
         if not base.pointwise:
             for m, _ in parts:

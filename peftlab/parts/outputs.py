@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def hidden(out: object) -> Tensor:
@@ -55,6 +56,35 @@ def edited(out: object, f: Callable[[Tensor], Tensor]) -> object:
 def tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     """The floating tensors among a call's arguments that could be hidden states, in order."""
     return [x for x in (*args, *kwargs.values()) if _is_hidden(x)]
+
+
+def declared(host: nn.Module, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    """The same by name, in the order in which the host declares them; those without a name of their own are numbered."""
+    order = {n: i for i, n in enumerate(inspect.signature(host.forward).parameters)}
+    names = list(order)
+    found = {names[i] if i < len(names) else f"argument {i}": x for i, x in enumerate(args)} | kwargs
+    return {n: found[n] for n in sorted(found, key=lambda n: order.get(n, len(order))) if _is_hidden(found[n])}
+
+
+INPUTS = ("hidden_states", "hidden_state", "hidden", "x", "h", "input", "inputs", "src", "tgt", "query")  # what the one that is worked on is called
+
+
+def given(host: nn.Module, args: tuple, kwargs: dict, width: int, path: str) -> Tensor:
+    """The hidden state among a call's arguments: the only one of that width, else the one whose name says so; a ValueError where neither does."""
+    fits = [x for x in tensors(args, kwargs) if x.shape[-1] == width]
+    if fits and all(x is fits[0] for x in fits):
+        return fits[0]
+    named = {n: x for n, x in declared(host, args, kwargs).items() if x.shape[-1] == width and "mask" not in n}
+    chosen = next((n for n in INPUTS if n in named), next(iter(named)) if len(named) == 1 else None)
+    if chosen is not None:
+        return named[chosen]
+    if fits:
+        raise ValueError(
+            f"which argument of {path!r} is its input cannot be seen: {', '.join(map(repr, named or ['masks']))} have {width} features; call it 'x' or "
+            "'hidden_states' in the module's forward, or sit at another module with targets="
+        )
+    sizes = [tuple(x.shape) for x in tensors(args, kwargs)]
+    raise ValueError(f"{path!r} was called without an input of {width} features, as its layers take ({sizes}): sit at another module with targets=")
 
 
 def swapped(args: tuple, kwargs: dict, old: Tensor, new: Tensor) -> tuple[tuple, dict]:

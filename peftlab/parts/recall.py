@@ -18,13 +18,13 @@ REMEMBERED = 64  # changes that a checkpointed forward may lie back
 class Recall:
     """`put` sets the value; `get` gives what it was when the forward that runs now, or runs again, ran first."""
 
-    def __init__(self, value=None):
-        self.value, self.lost = value, -1
+    def __init__(self):
+        self.value, self.lost = None, -1
         self.past: deque[tuple[int, object]] = deque(maxlen=REMEMBERED)  # (until when, value)
         self.again: tuple[int, object] | None = None  # set inside this backward, by a recomputation that includes the setting
 
     def __reduce__(self):
-        return Recall, (_light(self.value),)  # a copy has no past
+        return Recall, ()  # a copy has no past, and lies in no block that would set the value back
 
     def put(self, value) -> None:
         if torch.compiler.is_compiling():
@@ -40,6 +40,14 @@ class Recall:
                 self.lost = self.past[0][0]
             self.past.append((now, _light(self.value)))
         self.value = value
+
+    def state(self) -> tuple:
+        """What `back` goes back to, as if nothing had been put since."""
+        return self.value, tuple(self.past), self.lost
+
+    def back(self, state: tuple) -> None:
+        self.value, past, self.lost = state
+        self.past = deque(past, maxlen=REMEMBERED)
 
     def get(self):
         if torch.compiler.is_compiling() or (task := torch._C._current_graph_task_id()) == -1:

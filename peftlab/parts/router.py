@@ -6,6 +6,8 @@ Legend: T tokens, E experts, k of them chosen for a token; logits, p, g (..., E)
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -53,7 +55,7 @@ class Classifier(nn.Module):
     hidden (B, T, d) -> gates (B, T, L, E): linear layers with ReLU between them, `depth` in all and `dim` wide inside.
     """
 
-    def __init__(self, d: int, dim: int, depth: int, sites: list[str], layerwise: bool, experts: int, owner: str, seed: int):
+    def __init__(self, d: int, dim: int, depth: int, sites: list[str], layerwise: bool, experts: int, owner: str, seed: int, how: tuple):
         super().__init__()
         layers = len(sites) if layerwise else 1
         widths = [d, *[dim] * (depth - 1), layers * experts]
@@ -62,7 +64,7 @@ class Classifier(nn.Module):
             W = (torch.rand(m, n, generator=g, device="cpu", dtype=torch.float32) * 2 - 1) / n**0.5
             self.register_parameter(f"W{i}", nn.Parameter(W))
             self.register_parameter(f"b{i}", nn.Parameter(torch.zeros(m)))
-        self.depth, self.layers = depth, layers
+        self.depth, self.layers, self.how = depth, layers, how  # (k, softmax, temperature), as forward takes them
         self.gates, self.hidden, self.reading = Recall(), Recall(), False
         self.owner, self.index = owner, {path: i if layerwise else 0 for i, path in enumerate(sites)}  # the path of the module that runs twice; whose gates
 
@@ -91,6 +93,14 @@ class Classifier(nn.Module):
                 g = old.index_copy(0, rows, g[rows])
         self.gates.put(g)
 
+    def state(self) -> tuple:
+        """What a forward changes: `back` undoes it."""
+        return self.reading, self.hidden.value, self.gates.state()
+
+    def back(self, state: tuple) -> None:
+        self.reading, self.hidden.value, gates = state
+        self.gates.back(gates)
+
     def of(self, path: str, x: Tensor) -> Tensor | None:
         """(B, T, E): the gates of the expert site at `path` for its input x; None while there are none."""
         g = self.gates.get()
@@ -102,7 +112,10 @@ class Classifier(nn.Module):
                 'in transformers gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if g.shape[:2] != x.shape[:-1]:
-            raise ValueError(f"{path!r} was called with {tuple(x.shape)}, where the gates are for {tuple(g.shape[:2])} tokens: exclude it")
+            raise ValueError(
+                f"{path!r} was called with {tuple(x.shape)}, where the gates are for {tuple(g.shape[:2])} tokens. What is no token of the model's input "
+                "(llama_adapter's virtual keys and values among it) has no gates: exclude this layer."
+            )
         return g[:, :, self.index[path]]
 
 
@@ -112,8 +125,26 @@ def classifier_size(d: int, dim: int, depth: int, layers: int, experts: int) -> 
     return sum((n + 1) * m for n, m in itertools.pairwise(widths))
 
 
-def twice(read: Callable[[], None], run: Callable, parts: list[tuple[Classifier, tuple, Tensor | None]]):
-    """The run without experts that the gates are computed from, and the run with them; parts: (classifier, its options, rows of the batch)."""
+Parts = list[tuple[Classifier, tuple, Tensor | None]]  # (classifier, its options, rows of the batch)
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def twice(host: nn.Module, read: Callable[[], None], run: Callable, parts: Parts):
+    """The run without experts that the gates are computed from, and the run with them. The gates belong to the model, so that one thread
+    runs it at a time; a run that fails leaves them as they were."""
+    if torch.compiler.is_compiling():
+        return _twice(read, run, parts)
+    with _TURNS.setdefault(host, threading.RLock()):
+        before = [c.state() for c, _, _ in parts]
+        try:
+            return _twice(read, run, parts)
+        except BaseException:
+            for (c, _, _), state in zip(parts, before, strict=True):
+                c.back(state)
+            raise
+
+
+def _twice(read: Callable[[], None], run: Callable, parts: Parts):
     before = [c.reading for c, _, _ in parts]  # rows that stack two mixtures run this inside itself
     for c, _, rows in parts:
         c.set(None, rows)
@@ -126,6 +157,8 @@ def twice(read: Callable[[], None], run: Callable, parts: list[tuple[Classifier,
     out = run()
     for c, _, rows in parts:
         c.set(None, rows)
+        if not c.reading:  # else the mixture that runs this inside itself asks for it
+            c.hidden.value = None
     return out
 
 

@@ -74,11 +74,11 @@ def asked(where: Tensor, B: int, T: int, past: int, first: int, last: int) -> tu
     where: bool (rows, any length), the tokens from which first and last are counted; or integers (rows, first + last), the positions
     themselves, negative for none. B is a multiple of the rows (beam search repeats each).
     """
-    if B % where.shape[0]:
-        raise ValueError(f"positions of {where.shape[0]} rows were named, and a batch of {B} came")
+    if not len(where) or B % len(where):
+        raise ValueError(f"positions of {len(where)} rows were named, and a batch of {B} came")
     if where.dtype != torch.bool and where.shape[1] != first + last:
         raise ValueError(f"{where.shape[1]} positions a row were named; the adapter edits first={first} and last={last}, {first + last} in all")
-    where = where.repeat_interleave(B // where.shape[0], 0)
+    where = where.repeat_interleave(B // len(where), 0)
     if where.dtype == torch.bool:
         head, tail = (F.pad(m, (0, max(0, past + T - m.shape[1])))[:, past : past + T] for m in ends(where, first, last))
         return head, tail

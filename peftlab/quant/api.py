@@ -15,7 +15,7 @@ from ..method import Method
 from ..patterns import PatternError
 from ..progress import Progress, check_progress, told
 from ..sites import Model, _reads_children, ensure_module, identity, join, select_from
-from ..wrap import check_dtype, ledgers, outside_disabled, samples
+from ..wrap import Ledger, check_dtype, ledgers, outside_disabled, samples
 from .codes import Packed, check, quantise
 from .linear import PACKED, Packing, become, pack, packed, unpack
 
@@ -88,6 +88,7 @@ def quantize(
     for site in sites:
         _refuse(view, site)
     double = kind != "int8" if double_quant is None else double_quant
+    known = ledgers(root)
     with told(progress, "quantize") as tell:
         for done, site in enumerate(sites, 1):
             m, called = site.host, works_on_codes(view, site)
@@ -96,7 +97,7 @@ def quantize(
             del W  # no dense weight outlives its turn
             with _whole(m):
                 pack(m, site.param, p._replace(format=p.format._replace(compute=compute_dtype)), called)
-                _note(root, view, site)
+                _note(known, view, site)
             tell(done, len(sites), site.path)
     return model
 
@@ -133,7 +134,10 @@ def _refuse(model: Model, site: Site) -> None:
     m, param = site.host, site.param
     where, W = f"{site.path!r} ({original_class(m).__name__})", m._parameters[param]
     if layers.holds_codes(m, param):
-        raise ValueError(f"{where} is quantised already ({m.peftlab_formats[param].kind}): dequantize first, or exclude it")
+        raise ValueError(
+            f"{where} is quantised already ({m.peftlab_formats[param].kind}): dequantize first, or exclude it; "
+            "exclude=[*peftlab.quant.packed_weights(model)] goes on with the others"
+        )
     if type(W).__name__ == "DTensor":
         raise ValueError(f"{where} is sharded: quantize before fully_shard")
     others = [o for o in model.owners[identity(W)] if o[0] is not m or o[1] != param]
@@ -159,10 +163,10 @@ def _refuse_adapted(m: nn.Module, param: str, where: str) -> None:
         raise ValueError(f"{where} is trained in place: codes cannot be trained")
 
 
-def _note(root: nn.Module, view: Model, site: Site) -> None:
-    """What the ledgers remember of the parameter is that of the packed one, whose flag is off."""
+def _note(known: list[tuple[str, nn.Module, Ledger]], view: Model, site: Site) -> None:
+    """What the ledgers of a model (which to find takes a walk) remember of the parameter is that of the packed one, whose flag is off."""
     p = site.host._parameters[site.param]
-    for path, _, ledger in ledgers(root):
+    for path, _, ledger in known:
         for own in view.paths[id(site.host)]:
             key = join(own, site.param)
             key = key.removeprefix(f"{path}.") if path else key
@@ -196,12 +200,13 @@ def dequantize(model: nn.Module, *, targets=None, exclude=None, progress: Progre
             raise ValueError(f"{site.path!r} is sharded: dequantize before fully_shard")
         if isinstance(site.host, Adapted):
             _refuse_adapted(site.host, site.param, repr(site.path)) if site.host._modules[CHILD].merged else None
+    known = ledgers(root)
     with told(progress, "dequantize") as tell:
         for done, site in enumerate(sites, 1):
             W = layers.values(site.host, site.param).contiguous()
             with _whole(site.host):
                 unpack(site.host, site.param, W)
-                _note(root, view, site)
+                _note(known, view, site)
             tell(done, len(sites), site.path)
     return model
 

@@ -111,13 +111,14 @@ def check(kind: object, blocksize: int | None = None, double: bool | None = None
     """Raise on what there is no format for."""
     from ..patterns import did_you_mean
 
-    if kind not in FORMATS:
-        raise ValueError(f"{kind!r}: one of {', '.join(map(repr, FORMATS))}.{did_you_mean(str(kind), FORMATS)}")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        hint = did_you_mean(kind, FORMATS) if isinstance(kind, str) else ""
+        raise ValueError(f"kind={kind!r}: one of {', '.join(map(repr, FORMATS))}.{hint}")
     if double is not None and not isinstance(double, bool):
         raise TypeError(f"double_quant={double!r}: True or False")
     if kind == "int8" and (blocksize is not None or double):
         raise ValueError("int8 has one scale a row: blocksize= and double_quant= belong to nf4 and fp4")
-    if blocksize is not None and (isinstance(blocksize, bool) or blocksize not in BLOCKSIZES):
+    if blocksize is not None and (type(blocksize) is not int or blocksize not in BLOCKSIZES):
         raise ValueError(f"blocksize={blocksize!r}: one of {', '.join(map(str, BLOCKSIZES))}")
 
 
@@ -225,7 +226,7 @@ def _code_rows(flat: Tensor, out: Tensor, absmax: Tensor) -> None:
 
 def exporting() -> bool:
     """Whether torch.export traces, which writes PyTorch's own operations only."""
-    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False  # torch < 2.7 cannot tell it from torch.compile
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 cannot tell it from torch.compile
 
 
 def _dynamic_on(like: Tensor) -> Tensor:

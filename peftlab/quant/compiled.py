@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .books import BOOKS
 
@@ -25,10 +26,14 @@ BITS = torch.int32
 NARROW = torch.bfloat16
 DTYPES = (NARROW, torch.float32)
 BOOK_BITS = {kind: book.view(BITS).tolist() for kind, book in BOOKS.items()}
-OPTIONS = {
+OPTIONS: dict[str, object] = {
     "cpp.dynamic_threads": True,  # otherwise the number of threads would for ever be that of the first call
     "realize_opcount_threshold": 10000,  # one loop, however long: by default what was decoded would be stored before it is summed
 }
+if hasattr(torch.compiler, "skip_guard_on_globals_unsafe"):  # torch has guard filters
+    # Threads, deterministic algorithms and the like make no other kernel; after eight of them torch.compile would make none any more.
+    STATES = ("GLOBAL_STATE", "GRAD_MODE", "DETERMINISTIC_ALGORITHMS", "TORCH_FUNCTION_STATE", "DEFAULT_DEVICE")
+    OPTIONS["guard_filter_fn"] = lambda guards: [g.guard_type not in STATES for g in guards]
 
 
 class Kernels(NamedTuple):
@@ -52,7 +57,7 @@ def compile_decoding(enabled: bool = True) -> None:
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled={enabled!r}: True or False")
     if enabled and _kernels is None:
-        _kernels = _tried(Kernels(*(torch.compile(f, fullgraph=True, dynamic=True, options=OPTIONS) for f in (_decode, _dot))))
+        _kernels = _tried(Kernels(*(torch.compile(f, fullgraph=True, dynamic=True, options=dict(OPTIONS)) for f in (_decode, _dot))))
     elif not enabled:
         _kernels = None
 
@@ -60,17 +65,17 @@ def compile_decoding(enabled: bool = True) -> None:
 def _tried(kernels: Kernels) -> Kernels:
     """The kernels, after they decoded every code as PyTorch does, and multiplied with it."""
     with torch.device("cpu"):
-        codes, top, x = torch.arange(256, dtype=torch.uint8), torch.arange(1, 9) / 3, torch.arange(64) / 8
+        # 24 rows: where two sizes are equal, torch.compile takes them to be so always.
+        codes, top, x = torch.arange(768).to(torch.uint8), torch.arange(1, 25) / 3, torch.arange(64) / 8
         values = {kind: book[torch.stack([codes >> 4, codes & 15], 1).int()].flatten() * top.repeat_interleave(64) for kind, book in BOOKS.items()}
-        out = torch.empty(512, dtype=NARROW)
+        out = torch.empty(1536, dtype=NARROW)
     for kind, W in values.items():
         try:
             _run_decode(kernels, codes, top, 64, kind, out)
             y = [_run_dot(kernels, codes, top, 64, kind, narrow, x) for narrow in (False, True)]
         except Exception as e:  # no compiler, no headers: whatever it is, there is no kernel
-            why = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-            raise RuntimeError(f"torch.compile made no decoding kernels ({why}): is there a C++ compiler?") from e
-        wanted = [V.view(8, 64) @ x for V in (W, W.to(NARROW).float())]
+            raise RuntimeError(f"torch.compile made no decoding kernels, for which it needs a C++ compiler: {_first_line(e)}") from e
+        wanted = [V.view(-1, 64) @ x for V in (W, W.to(NARROW).float())]
         if not torch.equal(out, W.to(NARROW)) or not all(map(torch.allclose, y, wanted)):
             raise RuntimeError(f"the kernels that torch.compile made for {kind} are wrong on this machine: they are not used")
     return kernels
@@ -92,8 +97,9 @@ def fuses(x: Tensor, p: Packed, transposed: bool) -> bool:
 
 
 def _takes(p: Packed, t: Tensor) -> bool:
-    plain = _kernels is not None and t.device.type == "cpu" and type(p.codes) in (Tensor, nn.Parameter) and type(t) in (Tensor, nn.Parameter)
-    return plain and p.format.kind != "int8" and p.format.dtype in DTYPES
+    plain = t.device.type == "cpu" and type(p.codes) in (Tensor, nn.Parameter) and type(t) in (Tensor, nn.Parameter)
+    watched = _get_current_dispatch_mode_stack()  # counters and recorders see PyTorch's operations
+    return _kernels is not None and plain and not watched and p.format.kind != "int8" and p.format.dtype in DTYPES
 
 
 def fill(p: Packed, scales: Callable[[int, int], Tensor], start: int, stop: int, out: Tensor) -> bool:
@@ -102,28 +108,34 @@ def fill(p: Packed, scales: Callable[[int, int], Tensor], start: int, stop: int,
     if start % b or stop % b or stop - start < LEAST or out.storage_offset() % 2:
         return False
     codes = p.codes.view(-1)[start // 2 : stop // 2]
-    return _runs(scales(start // b, stop // b), lambda top: _run_decode(_kernels, codes, top, b, p.format.kind, out)) is not None
+    return _runs(scales(start // b, stop // b), lambda kernels, top: _run_decode(kernels, codes, top, b, p.format.kind, out)) is not None
 
 
 def multiply(x: Tensor, b: Tensor | None, p: Packed, scales: Callable[[], Tensor]) -> Tensor | None:
     """x (1, n_in) W' + b, (n_out,), summed in float32; only what `fuses` says. None where a scale is not finite."""
     form = p.format
     narrow = NARROW in (form.dtype, form.cast, x.dtype)
-    y = _runs(scales(), lambda top: _run_dot(_kernels, p.codes.view(-1), top, form.blocksize, form.kind, narrow, x.view(-1).float()))
+    y = _runs(scales(), lambda kernels, top: _run_dot(kernels, p.codes.view(-1), top, form.blocksize, form.kind, narrow, x.reshape(-1).float()))
     return y if y is None else (y if b is None else y + b).to(x.dtype)
 
 
-def _runs(top: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor | None:
+def _runs(top: Tensor, run: Callable[[Kernels, Tensor], Tensor]) -> Tensor | None:
     """What a kernel gives, or None: where a scale is not finite, and, with a warning and for good, where it fails."""
     global _kernels
-    if not math.isfinite(top.sum().item()):  # NaN has no bits that could be rounded
+    kernels = _kernels
+    if kernels is None or not math.isfinite(top.sum().item()):  # another thread switched it off; NaN has no bits that could be rounded
         return None
     try:
-        return kernel(top)
+        return run(kernels, top)
     except Exception as e:
-        _kernels = None
-        warnings.warn(f"compiled decoding is off: {type(e).__name__}: {e}; PyTorch's operations go on, with the same values")
+        if _kernels is kernels:
+            _kernels = None
+        warnings.warn(f"compiled decoding is off: {_first_line(e)}; PyTorch's operations go on, with the same values")
         return None
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
 
 
 # ---------------------------------------------------------------- running

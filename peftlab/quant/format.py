@@ -69,7 +69,7 @@ def read(param: str, state: Mapping[str, Tensor], compute: torch.dtype | None = 
     """
     kind = kind_in(param, state)
     if kind is None or param not in state:
-        raise FormatError(f"{param!r} is not a quantised tensor: neither {param}.{STATE}nf4, {STATE}fp4 nor {keys_of(param)[0]} is there")
+        raise FormatError(f"{param} is not a quantised tensor: neither {param}.{STATE}nf4, {STATE}fp4 nor {keys_of(param)[0]} is there")
     return _read_rows(param, state, compute, dtype) if kind == "int8" else _read_blocks(param, state, kind, compute)
 
 
@@ -77,9 +77,9 @@ def _read_rows(param: str, state: Mapping[str, Tensor], compute, dtype) -> Packe
     codes, absmax = state[param], state[keys_of(param)[0]]
     layout = state.get(keys_of(param)[1])
     if layout is not None and not layout.is_meta and int(layout) != 0:
-        raise FormatError(f"{param!r}: weight_format {int(layout)} is a layout of old bitsandbytes versions; only rows (0) can be read")
+        raise FormatError(f"{param}: weight_format {int(layout)} is a layout of old bitsandbytes versions; only rows (0) can be read")
     if codes.dtype != torch.int8 or codes.ndim < 2 or absmax.numel() != codes.shape[:-1].numel():
-        raise FormatError(f"{param!r}: codes {codes.dtype} {tuple(codes.shape)} with {absmax.numel()} scales are no int8 rows")
+        raise FormatError(f"{param}: codes {codes.dtype} {tuple(codes.shape)} with {absmax.numel()} scales are no int8 rows")
     form = Format("int8", tuple(codes.shape), dtype or torch.float32, codes.shape[-1], False, compute)
     return Packed(form, codes.contiguous(), absmax.float().reshape(-1))
 
@@ -93,22 +93,22 @@ def _read_blocks(param: str, state: Mapping[str, Tensor], kind: str, compute) ->
         sound = blocksize in BLOCKSIZES and facts["quant_type"] == kind and dtype.is_floating_point and all(isinstance(n, int) for n in shape)
         sound = sound and (not double or facts["nested_blocksize"] == SCALES)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise FormatError(f"{param!r}: its quant_state is not one that bitsandbytes writes ({type(e).__name__}: {e})") from None
+        raise FormatError(f"{param}: its quant_state is not one that bitsandbytes writes ({type(e).__name__}: {e})") from None
     if not sound:
-        raise FormatError(f"{param!r}: its quant_state is not one that can be read: {facts}")
+        raise FormatError(f"{param}: its quant_state is not one that can be read: {facts}")
     form = Format(kind, shape, dtype, blocksize, double, compute)
     codes = state[param]
     codes = (codes if codes.dtype == torch.uint8 else codes.contiguous().view(torch.uint8)).reshape(-1, 1)  # quant_storage may be wider
     found = {k: state.get(f"{param}.{k}") for k in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
     missing = [k for k, t in found.items() if t is None and (double or not k.startswith("nested"))]
     if missing:
-        raise FormatError(f"{param!r}: {', '.join(f'{param}.{k}' for k in missing)} missing")
+        raise FormatError(f"{param}: {', '.join(f'{param}.{k}' for k in missing)} missing")
     for name, mine in (("quant_map", BOOKS[kind]), ("nested_quant_map", DYNAMIC)):
         if found[name] is not None and not found[name].is_meta and not torch.equal(found[name].cpu().float(), mine):
-            raise FormatError(f"{param!r}: {param}.{name} is not the code book of {kind}")
+            raise FormatError(f"{param}: {param}.{name} is not the code book of {kind}")
     sizes = (codes.numel(), -(-math.prod(shape) // 2)), (found["absmax"].numel(), form.blocks)
     if any(have != want for have, want in sizes) or found["absmax"].is_floating_point() is double:
-        raise FormatError(f"{param!r}: {codes.numel()} bytes and {found['absmax'].numel()} scales ({found['absmax'].dtype}) do not make up {shape}")
+        raise FormatError(f"{param}: {codes.numel()} bytes and {found['absmax'].numel()} scales ({found['absmax'].dtype}) do not make up {shape}")
     if not double:
         return Packed(form, codes.contiguous(), found["absmax"].float())
     offset = torch.tensor(float(facts["nested_offset"]), dtype=torch.float32, device=codes.device)

@@ -13,6 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .. import layers
 from ..host import Adapted, adapted_class, original_class, seen_of
@@ -28,11 +29,13 @@ SCALES = ("absmax", "nested_absmax", "nested_offset")  # suffixes of the buffers
 
 def activation(x: Tensor) -> torch.dtype:
     """The dtype of what a linear layer makes of x: autocast's, or that of x."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if layers.autocasting(x.device) else x.dtype
 
 
 def product(m: nn.Module, x: Tensor, b: Tensor | None) -> Tensor:
     """The frozen product of a packed linear-like layer."""
+    if not x.is_floating_point():
+        raise TypeError(f"{type(m).__name__} with {m.peftlab_formats['weight'].kind} codes got an input of {x.dtype}: a floating dtype")
     p, kind = packed(m, "weight"), activation(x)
     dtype = p.format.compute or kind
     return ops.product(x.to(dtype), None if b is None else b.to(dtype), p).to(kind)
@@ -69,8 +72,10 @@ class PackedEmbedding(layers.Embedding):
 def lookup(m: nn.Module, index: Tensor) -> Tensor:
     """Decoded rows of a packed table, (*index.shape, dim); no other row is decoded."""
     p = packed(m, "weight")
-    dim = p.format.shape[1]
-    return entries(p, index[..., None] * dim + torch.arange(dim, device=index.device)).to(p.format.dtype).to(p.format.out)
+    rows, dim = p.format.shape
+    F.embedding(index, p.absmax[:1, None].expand(rows, 1))  # raises on what is no row, where torch does
+    at = index.long()[..., None] * dim + torch.arange(dim, device=index.device)
+    return entries(p, at).to(p.format.dtype).to(p.format.out)
 
 
 LINEAR, CONV1D, EMBEDDING = PackedLinear(), PackedConv1D(), PackedEmbedding()
@@ -78,15 +83,15 @@ PACKED = {layers.LINEAR: LINEAR, layers.CONV1D: CONV1D, layers.RULES[nn.Embeddin
 
 
 def _linear(self, x: Tensor) -> Tensor:
-    W = self.weight
-    if W.is_floating_point():  # merged, or read through an adapter
-        return self._packed_rule.affine(self, self._packed_rule.matrix(self, W), self.bias, x)
-    return product(self, x, self.bias)
+    if self._shows and layers.holds_codes(self, "weight"):
+        return product(self, x, self.bias)
+    return self._packed_rule.affine(self, self._packed_rule.matrix(self, self.weight), self.bias, x)  # merged, or read through an adapter
 
 
 def _embedding(self, index: Tensor) -> Tensor:
-    W = self.weight
-    return F.embedding(index, W, self.padding_idx) if W.is_floating_point() else lookup(self, index)
+    if self._shows and layers.holds_codes(self, "weight"):
+        return lookup(self, index)
+    return F.embedding(index, self.weight, self.padding_idx)
 
 
 # ---------------------------------------------------------------- the class
@@ -101,11 +106,51 @@ class _Named:
         return self
 
 
+class Shown(Tensor):
+    """What a layer that works on codes shows as its weight: shape, dtype and device of the dense one. An operation on it decodes; none may write to it.
+
+    Models ask a layer's weight for its dtype, and cast activations to it: that must neither be the codes' dtype nor cost a decoding.
+    """
+
+    at: tuple[nn.Module, str]
+
+    @staticmethod
+    def __new__(cls, m: nn.Module, param: str) -> Shown:
+        dense = layers.outline(m, param)
+        self = Tensor._make_wrapper_subclass(cls, dense.shape, dense.stride(), dtype=dense.dtype, device=m._parameters[param].device)
+        self.at = m, param
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        if f in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(*args[0].at)
+        if f._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError(f"{f}: the weight of a quantised layer cannot be written to; peftlab.dequantize makes it dense")
+        args, kwargs = tree_map(lambda t: layers.values(*t.at) if isinstance(t, cls) else t, (args, kwargs or {}))
+        return f(*args, **kwargs)
+
+
+def _show(m: nn.Module) -> Tensor:
+    raw = m._parameters["weight"]
+    if raw is None or type(raw).__name__ == "DTensor" or not layers.holds_codes(m, "weight"):  # sharded by FSDP2: storage, not a weight
+        return raw
+    return layers.values(m, "weight") if torch.compiler.is_compiling() else Shown(m, "weight")
+
+
+SHOWN = property(_show)
+
+
 class Packing(layers.Quantised):
     """What a packed module does differently from the class it was."""
 
     _dense_class: type
+    _shows: bool  # the layer works on codes, and no adapter is read through its weight
     peftlab_below = _Named()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._shows = getattr(cls, "weight", None) is SHOWN
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Where torch.distributed.checkpoint's state-dict helpers find a key of this module instead of at the parameter."""
@@ -117,7 +162,7 @@ class Packing(layers.Quantised):
         return W.t() if self._packed_flip else W
 
     def extra_repr(self) -> str:
-        kinds = sorted({f.kind for f in self.peftlab_formats.values()})
+        kinds = sorted({f.kind for param, f in self.peftlab_formats.items() if layers.holds_codes(self, param)})
         return ", ".join(filter(None, [super().extra_repr(), *kinds]))
 
     def _apply(self, fn, recurse=True):
@@ -144,6 +189,7 @@ class Packing(layers.Quantised):
                     destination[prefix + k] = t if keep_vars else t.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        refused: set[str] = set()
         for param in self.peftlab_formats:
             state = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
             mine = {k: t for k, t in state.items() if k == param or keys.owns(param, k)}
@@ -154,7 +200,9 @@ class Packing(layers.Quantised):
             except keys.FormatError as e:
                 error_msgs.append(f"{prefix}{e}")
                 state_dict.pop(prefix + param, None)
+                refused.add(prefix + param)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys[:] = [k for k in missing_keys if k not in refused]  # they were there
 
     def _load_codes(self, param: str, mine: dict[str, Tensor], state_dict: dict, prefix: str, assign: bool) -> None:
         form = self.peftlab_formats[param]
@@ -199,6 +247,7 @@ def packing_class(cls: type, called: bool, read: tuple[str, ...]) -> type:
     if called:
         body["_packed_rule"] = PACKED[layers._registered(cls)[1]]
         body["_packed_flip"] = body["_packed_rule"] is CONV1D
+        body["weight"] = SHOWN
         body["forward"] = functools.wraps(cls.forward)(_embedding if issubclass(cls, nn.Embedding) else _linear)
     else:
         body["forward"] = _holding(cls.forward)
@@ -230,7 +279,6 @@ def _holding(forward):
 def _decoded(name: str) -> property:
     def get(self):
         raw = self._parameters[name]
-        # FSDP2 fetches the parameter by attribute when it shards it: a sharded tensor is storage, not a weight.
         if raw is None or type(raw).__name__ == "DTensor" or not layers.holds_codes(self, name):
             return raw
         held = None if torch.compiler.is_compiling() else _held.get()

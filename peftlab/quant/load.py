@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..host import Adapted, Site, bare, paused_gc
+from ..io.file import LoadError
 from ..patterns import did_you_mean
 from ..progress import Progress, check_progress, told
 from ..sites import Model, ensure_module, identity, join, select_from
@@ -21,6 +23,8 @@ from . import format as keys
 from .api import _Packs, places, works_on_codes
 from .codes import Packed, check, quantise
 from .linear import Packing, pack
+
+TURN = 1 << 23  # bytes that are read before the files are opened anew
 
 
 @paused_gc()
@@ -42,8 +46,8 @@ def load_quantized(
         rename: the model's name of a tensor by the file's; None leaves the tensor out.
 
     Raises:
-        PatternError, ValueError, TypeError: for names or shapes that do not fit, tensors that no file has, and what `quantize` refuses. The model
-            is then unchanged.
+        PatternError, ValueError (LoadError among them), TypeError, OSError: for names or shapes that do not fit, tensors that no file has, what is
+            no safetensors file, and what `quantize` refuses. The model is then unchanged.
     """
     root = bare(ensure_module(model))
     check_dtype(compute_dtype, "compute_dtype")
@@ -51,24 +55,58 @@ def load_quantized(
     check_progress(progress)
     if kind is not None:
         check(kind, blocksize, double_quant)
-    found = _listed(files, rename)
+    paths = _paths(files)
     view = Model.of(root)
     odd = next((p for k, m in view.modules.items() if isinstance(m, (Packing, Adapted)) for p in view.paths[k]), None)
     if odd is not None:
         raise ValueError(f"{odd!r} is quantised or adapted already: load into a model as it was built")
     there = list(places(view))
     chosen = [] if kind is None else select_from(view, _Packs, "load_quantized", there, targets, exclude)[0]
-    job = _Job(view, found, _slots(view), {(id(s.host), s.param): s for s in there}, kind, blocksize, double_quant, compute_dtype, dtype)
-    job.choose(chosen)
-    todo = [name for name in job.slots if name in found and not _second_end(view, job.slots, name)]
     staged: list[tuple[str, Tensor | Packed]] = []
-    with told(progress, "load") as tell:
-        for done, name in enumerate(todo, 1):
-            staged.append((name, job.part(name)))
-            tell(done, len(todo), name)
+    with _Files() as opened:
+        found = _listed(opened, paths, rename)
+        job = _Job(view, opened, found, _slots(view), {(id(s.host), s.param): s for s in there}, kind, blocksize, double_quant, compute_dtype, dtype)
+        job.choose(chosen)
+        todo = _firsts(job.slots, found)
+        with told(progress, "load") as tell:
+            for done, name in enumerate(todo, 1):
+                staged.append((name, job.part(name)))
+                tell(done, len(todo), name)
     for name, part in staged:
         job.commit(name, part)
     return model
+
+
+class _Files(contextlib.ExitStack):
+    """Files that are opened and parsed once, not for every tensor; all of them are closed at the end, an exception's or an interrupt's included.
+
+    What was read of a file's map counts as memory until it is closed, so after some bytes they are closed, and opened again as they are needed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.at: dict[str, safetensors.safe_open] = {}
+        self.read = 0
+
+    def open(self, path: str) -> safetensors.safe_open:
+        if path not in self.at:
+            try:
+                self.at[path] = self.enter_context(safetensors.safe_open(path, "pt"))
+            except FileNotFoundError:
+                raise
+            except (safetensors.SafetensorError, OSError) as e:
+                raise LoadError(f"{path!r} is not a whole safetensors file: {e}") from None
+        return self.at[path]
+
+    def tensor(self, path: str, key: str) -> Tensor:
+        """A tensor in the file's map: it keeps the map open and changes with the file, so what stays is a copy."""
+        if self.read >= TURN:
+            self.close()
+            self.at.clear()
+            self.read = 0
+        t = self.open(path).get_tensor(key)
+        self.read += t.nbytes
+        return t
 
 
 @dataclass
@@ -76,6 +114,7 @@ class _Job:
     """A checked call: what the files have, what of it stays codes, and what is to be packed."""
 
     view: Model
+    opened: _Files
     found: dict[str, tuple[str, str]]
     slots: dict[str, tuple[nn.Module, str]]
     sites: dict[tuple[int, str], Site]
@@ -91,25 +130,45 @@ class _Job:
         """Find the two sets, and raise where files and model do not fit."""
         mine = {name: n for name, (m, n) in self.slots.items() if n in m._parameters}
         self.coded = {name for name, n in mine.items() if keys.kind_in(n, _state(self.found, name)) is not None}
-        places = {join(self.view.path(s.host), s.param): s for s in chosen}
-        wanted = {name: s for name, s in places.items() if name not in self.coded}
-        _compare(self.view, self.slots, self.found, self.coded, wanted)
-        self.wanted = set(wanted)
+        self.wanted = {join(p, s.param) for s in chosen for p in self.view.paths[id(s.host)]} - self.coded
+        _compare(self.view, self.slots, self.found, self.coded)
+        self._compare_shapes()
+        for name in (*self.coded, *self.wanted):
+            m, n = self.slots[name]
+            if len(self.view.owners[identity(m._parameters[n])]) > 1:
+                why, way = ("", "exclude it") if name in self.wanted else ("quantised in the file and ", "untie them first")
+                raise ValueError(f"{name!r} is {why}tied to another parameter: {way}")
+            if getattr(m, "max_norm", None) is not None:
+                raise ValueError(f"{name!r} has max_norm: torch edits its table while it is read")
+
+    def _compare_shapes(self) -> None:
+        """Raise unless the dense tensors of the files have the model's shapes."""
+        for name, (m, n) in self.slots.items():
+            if name in self.found and name not in self.coded:
+                path, key = self.found[name]
+                shape = tuple(self.opened.open(path).get_slice(key).get_shape())
+                t = m._parameters.get(n) if n in m._parameters else m._buffers[n]
+                if shape != tuple(t.shape):
+                    raise ValueError(f"{name!r} has shape {shape} in the file and {tuple(t.shape)} in the model")
+
+    def read(self, name: str) -> Tensor:
+        return self.opened.tensor(*self.found[name])
 
     def part(self, name: str) -> Tensor | Packed:
         """One tensor as the model will hold it."""
         m, n = self.slots[name]
         site = self.sites.get((id(m), n))
         flip = site is not None and isinstance(site.rule, layers.Conv1D) and works_on_codes(self.view, site)
-        t = _read(self.found, name)
+        t = self.read(name)
         if name in self.coded:
-            state = {k: (t if k == n else _read(self.found, f)) for k, f in _state(self.found, name).items()}
+            state = {k: (t if k == n else self.read(f)).clone() for k, f in _state(self.found, name).items()}
             p = keys.read(n, state, self.compute, self.dtype)
             _same_shape(name, p.format.shape, site, flip)
             return p
-        t = t if self.dtype is None or not t.is_floating_point() else t.to(self.dtype)
+        dtype = self.dtype if self.dtype is not None and t.is_floating_point() else t.dtype
         if name not in self.wanted:
-            return t
+            return t.to(dtype, copy=True)
+        t = t.to(dtype)
         double = self.kind != "int8" if self.double is None else self.double
         p = quantise(t.t() if flip else t, self.kind, self.blocksize, double)
         return p._replace(format=p.format._replace(compute=self.compute))
@@ -127,29 +186,29 @@ class _Job:
             m._buffers[n] = part
 
 
-def _listed(files, rename: Callable | None) -> dict[str, tuple[str, str]]:
-    """Tensor name in the model -> (file, name in the file)."""
-    many = [files] if isinstance(files, (str, os.PathLike)) else list(files)
-    paths = [p for f in many for p in (sorted(Path(f).glob("*.safetensors")) if Path(f).is_dir() else [Path(f)])]
+def _paths(files) -> list[str]:
+    many = list(files) if isinstance(files, Iterable) and not isinstance(files, (str, os.PathLike)) else [files]
+    odd = [f for f in many if not isinstance(f, (str, os.PathLike))]
+    if odd:
+        raise TypeError(f"files={odd[0]!r}: the path of a safetensors file or of a folder of them, or several")
+    paths = [str(p) for f in many for p in (sorted(Path(f).glob("*.safetensors")) if Path(f).is_dir() else [Path(f)])]
     if not paths:
         raise ValueError(f"files={files!r}: no safetensors file there")
+    return paths
+
+
+def _listed(opened: _Files, paths: list[str], rename: Callable | None) -> dict[str, tuple[str, str]]:
+    """Tensor name in the model -> (file, name in the file)."""
     out: dict[str, tuple[str, str]] = {}
     for path in paths:
-        with safetensors.safe_open(path, "pt") as f:
-            for key in f.keys():  # noqa: SIM118 - not a dict
-                name = key if rename is None else rename(key)
-                if name is None:
-                    continue
-                if name in out:
-                    raise ValueError(f"{name!r} is in {out[name][0]!r} and in {str(path)!r}")
-                out[name] = (str(path), key)
+        for key in opened.open(path).keys():  # noqa: SIM118 - not a dict
+            name = key if rename is None else rename(key)
+            if name is None:
+                continue
+            if name in out:
+                raise ValueError(f"{name!r} is in {out[name][0]!r} and in {path!r}")
+            out[name] = (path, key)
     return out
-
-
-def _read(found: dict, name: str) -> Tensor:
-    path, key = found[name]
-    with safetensors.safe_open(path, "pt") as f:
-        return f.get_tensor(key)
 
 
 def _slots(view: Model) -> dict[str, tuple[nn.Module, str]]:
@@ -170,7 +229,16 @@ def _state(found: dict, name: str) -> dict[str, str]:
     return {k.removeprefix(prefix): k for k in close if k in found}
 
 
-def _compare(view: Model, slots: dict, found: dict, coded: set[str], wanted: dict[str, Site]) -> None:
+def _firsts(slots: dict, found: dict) -> list[str]:
+    """The names to read, one of each tensor: files may hold tied ones under any of their names, and under several."""
+    first: dict[tuple, str] = {}
+    for name, (m, n) in slots.items():
+        if name in found:
+            first.setdefault(identity(m._parameters[n]) if n in m._parameters else (id(m), n), name)
+    return list(first.values())
+
+
+def _compare(view: Model, slots: dict, found: dict, coded: set[str]) -> None:
     """Raise unless every tensor has its place and every place its tensor."""
     used = {f for name in slots if name in found for f in (_state(found, name).values() if name in coded else (name,))}
     extra = sorted(found.keys() - used)
@@ -186,37 +254,13 @@ def _compare(view: Model, slots: dict, found: dict, coded: set[str], wanted: dic
                 f"the buffer {join(view.path(m), hollow)!r} is on meta and never saved: build the model with real buffers "
                 "(accelerate's init_empty_weights(include_buffers=False) does)"
             )
-    for name, (m, n) in slots.items():
-        if name in found and name not in coded:
-            path, key = found[name]
-            with safetensors.safe_open(path, "pt") as f:
-                shape = tuple(f.get_slice(key).get_shape())
-            t = m._parameters.get(n) if n in m._parameters else m._buffers[n]
-            if shape != tuple(t.shape):
-                raise ValueError(f"{name!r} has shape {shape} in the file and {tuple(t.shape)} in the model")
-    for name, s in wanted.items():
-        if len(view.owners[identity(s.host._parameters[s.param])]) > 1:
-            raise ValueError(f"{name!r} is tied to another parameter: exclude it")
-        if getattr(s.host, "max_norm", None) is not None:
-            raise ValueError(f"{name!r} has max_norm: torch edits its table while it is read")
-
-
-def _ends(view: Model, slots: dict, name: str) -> Iterator[str]:
-    """All names of one tensor: other paths of its module, and parameters that are tied to it."""
-    m, n = slots[name]
-    owners = view.owners.get(identity(m._parameters[n]), []) if n in m._parameters else [(m, n)]
-    for host, param in owners:
-        yield from (join(p, param) for p in view.paths[id(host)])
 
 
 def _elsewhere(view: Model, slots: dict, found: dict, name: str) -> bool:
-    return any(other in found for other in _ends(view, slots, name))
-
-
-def _second_end(view: Model, slots: dict, name: str) -> bool:
-    """Whether another name of the same tensor comes first: files may hold tied tensors twice."""
-    ends = set(_ends(view, slots, name))
-    return next(k for k in slots if k in ends) != name
+    """Whether the files have a tensor under another of its names: those of its module's other paths, and of parameters that are tied to it."""
+    m, n = slots[name]
+    owners = view.owners.get(identity(m._parameters[n]), []) if n in m._parameters else [(m, n)]
+    return any(join(p, param) in found for host, param in owners for p in view.paths[id(host)])
 
 
 def _same_shape(name: str, shape: tuple, site, flip: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import layers
 from . import compiled, kernels
 from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, exporting, fill, scales, tables
 
@@ -24,6 +25,8 @@ def product(x: Tensor, b: Tensor | None, p: Packed) -> Tensor:
         return F.linear(x, (W if p.format.cast is None else W.to(p.format.cast)).to(x.dtype), b)
     if torch.compiler.is_compiling():
         return packed_product(x, b, *_parts(p), False)
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace does not see into quantised layers: torch.export does, or peftlab.dequantize the model")
     return Product.apply(x, b, p.format, False, *p[1:])
 
 
@@ -47,7 +50,24 @@ class Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _, _, ctx.form, ctx.transposed, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.shape = output.shape
+        ctx.save_for_backward(*tensors), ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, x, b, form, transposed, *tensors):
+        """Over inputs and biases."""
+        if any(d is not None for d in in_dims[4:]):
+            raise NotImplementedError("vmap over the codes of a packed layer: only over its input and its bias")
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        y = Product.apply(x, b if in_dims[1] is None else None, form, transposed, *tensors)
+        if in_dims[1] is not None:
+            y = y + b.movedim(in_dims[1], 0).view(info.batch_size, *(1,) * (y.ndim - 2), -1)
+        return y.clone(), 0  # what is added in place to a product must not be a view
+
+    @staticmethod
+    def jvp(ctx, tx, tb, *_):
+        y = None if tx is None else Product.apply(tx, None, ctx.form, ctx.transposed, *ctx.saved_for_forward)
+        return y if tb is None else tb.expand(ctx.shape) if y is None else y + tb
 
     @staticmethod
     def backward(ctx, g: Tensor):
@@ -61,7 +81,7 @@ def _bias_gradient(g: Tensor) -> Tensor:
 
 def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor:
     """x (..., n_in) W' + b, or x (..., n_out) W, in the dtype of x whatever autocast says; no more of W than a tile is dense at a time."""
-    if torch.is_autocast_enabled(x.device.type):
+    if layers.autocasting(x.device):
         with torch.autocast(x.device.type, enabled=False):
             return multiply(x, b, p, transposed)
     n_out, n_in = p.format.shape

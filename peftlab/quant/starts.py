@@ -24,7 +24,7 @@ from ..parts import lowrank
 from ..patterns import did_you_mean
 from ..progress import Progress, check_progress, told
 from ..sites import ensure_module, join
-from ..wrap import _Request, _request, attach, build, check_dtype
+from ..wrap import _Request, _request, attach, build, check_dtype, ledgers
 from .api import _note, _refuse, _whole, places, works_on_codes
 from .codes import Packed, check, dequantise, quantise
 from .linear import pack
@@ -79,6 +79,7 @@ def wrap_quantized(
     _check(req, methods, init)
     by_site = {id(s): m for s, m in zip(req.sites, methods, strict=True)}
     double = kind != "int8" if double_quant is None else double_quant
+    known = ledgers(root)
     done: dict[str, Method] = {}
     try:
         with told(progress, init) as tell:
@@ -89,7 +90,7 @@ def wrap_quantized(
                 p = alternate(place.host._parameters[place.param].detach(), pairs, code, init, iters)
                 with _whole(place.host):
                     pack(place.host, place.param, p._replace(format=p.format._replace(compute=compute_dtype)), called)
-                    _note(root, req.model, place)
+                    _note(known, req.model, place)
                 done |= {s.path: m for s, m in pairs}
                 tell(count, len(groups), place.path)
     finally:
