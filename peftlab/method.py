@@ -34,6 +34,7 @@ class Method(nn.Module):
     opaque: bool = False  # the fast path never asks for base.weight
     neutral: bool = True  # the start is the base itself; not so for virtual tokens, or where it makes up for what codes lose of a weight
     replaces: ClassVar[bool] = False  # holds a trained copy: the frozen value does not matter
+    any_layout: ClassVar[bool] = False  # around a call: its rows are told apart by the layout of the module, which may have the sequence first
     fast: ClassVar[tuple[str, ...]] = ()  # tensors that LoRA+ gives the larger learning rate
     needs_data: str | None = None  # "inputs" or "gradients": the start is computed from batches; "codes": while the weight is quantised
     seen: object = None  # what `observe` has kept of them

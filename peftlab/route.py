@@ -91,7 +91,7 @@ def _refuse(found: list[tuple[str, nn.Module, Stack]], wanted: set[str]) -> None
 def _refuse_sequence_first(root: nn.Module, found: list[tuple[str, nn.Module, Stack]], wanted: set[str]) -> None:
     """Methods around a call take the first dimension for the batch's, unless they know the layout themselves."""
     pairs = [(host, site, m) for _, host, s in found for n, here in s.sites.items() if n in wanted for site, m in here]
-    pairs = [(host, site, m) for host, site, m in pairs if m.surrounds() and not getattr(m, "any_layout", False)]
+    pairs = [(host, site, m) for host, site, m in pairs if m.surrounds() and not m.any_layout]
     parents = Model.of(root).parents if pairs else {}
     for host, site, m in pairs:
         above = [host]

@@ -90,6 +90,17 @@ def by_hand(base: nn.Module, x: dict, P: Tensor, at: list[int], last: bool) -> l
     return out
 
 
+@pytest.mark.parametrize("at", ["start", 2], ids=str)
+def test_positions_go_on_from_the_first_one_given(at):
+    """With a mask that hides nothing and without one."""
+    model = wrapped(hf("gpt2", torch.float64), "prompt_tuning", at=at, dtype=torch.float64)
+    ids = batch("gpt2")["input_ids"][:, -6:]
+    given = torch.arange(6)[None] + 5
+    y = model(ids, position_ids=given).logits
+    torch.testing.assert_close(y, model(ids, position_ids=given, attention_mask=torch.ones_like(ids)).logits)
+    assert not torch.allclose(y, model(ids).logits)
+
+
 @pytest.mark.parametrize("at", ["start", 2, "end", [0, 1, 1, 4]], ids=str)
 @pytest.mark.parametrize("name", [*CAUSAL, "bert"])
 def test_prompt_is_manual_concatenation(name, at):

@@ -25,7 +25,7 @@ from ..parts import outputs, prefix
 
 class LlamaAdapter(Method):
     on = "module"
-    any_layout = True  # rows are told apart inside, where the layout is known
+    any_layout = True
     place = ":attention"
 
     def __init__(self, base: Base, *, n: int = 10, tanh: bool = True):

@@ -32,7 +32,7 @@ from ..virtual import refuse_without_positions, shifted, stacks_above
 
 class PrefixTuning(Method):
     on = "module"
-    any_layout = True  # rows are told apart inside, where the layout is known
+    any_layout = True
     place = ":attention"
     neutral = False
 

@@ -34,7 +34,7 @@ def tokens(base: Base, args: tuple, kwargs: dict) -> Tensor:
 
 class VPT(Method):
     on = "module"
-    any_layout = True  # rows are told apart inside, where the layout is known
+    any_layout = True
     place = ":patch-blocks"
     neutral = False
 

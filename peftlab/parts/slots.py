@@ -77,7 +77,7 @@ class Slots:
         """
         j = torch.arange(self.n, device=given.device)[None]
         if self.order is None:
-            return torch.cat([j.to(given.dtype).expand(given.shape[0], -1), given + self.n], 1)
+            return torch.cat([given[:, :1] + j, given + self.n], 1)
         given = given.expand(self.B, -1)
         before = self.new[:, : self.n] - j  # how many real tokens stand before each virtual one
         virtual = given.gather(1, before.clamp_max(self.L - 1)) + (before == self.L).to(given.dtype)
