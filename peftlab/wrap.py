@@ -174,8 +174,9 @@ class _Request:
         if build is None:
             return None
         sites = self.sites if device != "meta" else [as_kind(s, Shape) for s in self.sites]
+        wanted = self.shared_options
         with torch.no_grad(), hosts.on_device(device):
-            made = build(sites, **{k: v for k, v in self.hypers[site].items() if k in self.shared_options})
+            made = build(sites, **{k: v for k, v in self.hypers[site].items() if k in wanted})
         return made if made is None else hosts.note_declared(made)
 
     def refuse_shared(self) -> None:

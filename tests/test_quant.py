@@ -323,6 +323,18 @@ def test_an_own_compute_dtype():
     torch.testing.assert_close(model[0](x), wanted, rtol=0.05, atol=0.1)
 
 
+LOOKS = (
+    lambda w: w.t(), lambda w: w[2], lambda w: w[1:3].t(), lambda w: w.flatten()[3:], lambda w: w.unbind(1)[1], lambda w: w.chunk(2)[1],
+    lambda w: w.detach().T[None],
+)  # fmt: skip
+WRITES = (
+    lambda w: w.zero_(), lambda w: w.data.mul_(2), lambda w: nn.init.ones_(w), lambda w: setattr(w, "data", torch.zeros(3, 3)),
+    lambda w: w.__setitem__(2, 0), lambda w: w.data.__setitem__(slice(2), 1), lambda w: w[0].zero_(), lambda w: w.t()[0].add_(1),
+    lambda w: torch.add(torch.zeros(w.shape).to(w), 1, out=w), lambda w: w.unbind(0)[0].zero_(), lambda w: w.chunk(2)[1].zero_(),
+    lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_shows_its_weight_dense(kind):
     """To code that asks for it; none can write to it, and the state dict and the parameters hold the codes."""
@@ -333,14 +345,32 @@ def test_a_layer_shows_its_weight_dense(kind):
         assert (m.weight.shape, m.weight.dtype, m.weight.device, m.weight.requires_grad) == (W.shape, torch.bfloat16, W.device, False)
         assert torch.equal(m.weight + 0, W) and torch.equal(m.weight.float(), W.float()) and m.weight.stride() == W.stride()
         before = packed_weights(m)["weight"].codes.clone()
-        for write in (lambda w: w.zero_(), lambda w: w.data.mul_(2), lambda w: nn.init.ones_(w)):
+        for write in WRITES:
             with pytest.raises(RuntimeError, match="cannot be written to; peftlab.dequantize"):
                 write(m.weight)
         assert torch.equal(packed_weights(m)["weight"].codes, before)
+        for look in LOOKS:
+            assert torch.equal(look(m.weight) + 0, look(W) + 0) and look(m.weight).stride() == look(W).stride()
+        assert m.weight.tolist() == W.tolist() and str(m.weight) == str(W) and m.weight.requires_grad_(False).shape == W.shape
+        assert torch.equal(copy.deepcopy(m.weight), W) and torch.equal(pickle.loads(pickle.dumps(m.weight[1:])), W[1:])
     assert torch.equal(F.linear(x.to(model[0].weight.dtype), model[0].weight, model[0].bias), model[0](x.bfloat16()))
     assert model.half()[0].weight.dtype == torch.float16
     fast = torch.compile(lambda x: model[0](x.to(model[0].weight.dtype)), fullgraph=True, backend="aot_eager")
     assert torch.equal(fast(x), model[0](x.half()))
+
+
+def test_a_packed_table_is_not_resized_in_vain():
+    """transformers copies the rows of a table to a new one, whose memory it puts under the old parameter."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    model = peftlab.quantize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), "nf4", targets="*")
+    ids = torch.randint(0, 50, (2, 5), generator=gen(1))
+    y = model(ids).logits
+    with pytest.raises(RuntimeError, match="data: the weight of a quantised layer cannot be written to; peftlab.dequantize makes it dense"):
+        model.resize_token_embeddings(60)
+    assert torch.equal(model(ids).logits, y)
+    peftlab.dequantize(model).resize_token_embeddings(60)
+    assert torch.equal(model(ids).logits[..., :50], y)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

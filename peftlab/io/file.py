@@ -110,9 +110,15 @@ def opened(path: str | os.PathLike) -> Iterator:
     """A safetensors file; LoadError inside the block where it is none, or damaged."""
     if os.path.isdir(path):
         raise LoadError(f"{str(path)!r} is a folder; give the file that save wrote, such as {str(Path(path) / 'adapter.safetensors')!r}")
+    with whole(path), safetensors.safe_open(path, "pt") as f:
+        yield f
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[None]:
+    """LoadError where what the block reads is no safetensors file, or a damaged one."""
     try:
-        with safetensors.safe_open(path, "pt") as f:
-            yield f
+        yield
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as e:

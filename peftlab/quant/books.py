@@ -44,7 +44,7 @@ DYNAMIC = _dynamic()
 
 @functools.cache
 def nearest() -> Tensor:
-    """(65536,) uint8: the code of `dynamic` that is nearest to the middle of each of 65,536 cells of [-1, 1]."""
+    """(65536,) uint8: the place in DYNAMIC of the value that is nearest to the middle of each of 65,536 cells of [-1, 1]."""
     with torch.device("cpu"):
         middle = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
         values = DYNAMIC.double()

@@ -229,14 +229,16 @@ def exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 cannot tell it from torch.compile
 
 
-def _dynamic_on(like: Tensor) -> Tensor:
-    """The values of coded scales on the device of a tensor, copied there once."""
-    return _moved(like.device) if type(like) is Tensor and not torch.compiler.is_compiling() else DYNAMIC.to(like.device)
+def _book(kind: str, like: Tensor) -> Tensor:
+    """A code book, or "dynamic", that of coded scales, on the device of a tensor: copied there once."""
+    if type(like) is Tensor and not torch.compiler.is_compiling():
+        return _moved(kind, like.device)
+    return _moved.__wrapped__(kind, like.device)  # what is made of fake tensors must not be cached
 
 
 @functools.cache
-def _moved(device: torch.device) -> Tensor:
-    return DYNAMIC.to(device)
+def _moved(kind: str, device: torch.device) -> Tensor:
+    return (DYNAMIC if kind == "dynamic" else BOOKS[kind]).to(device)
 
 
 def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
@@ -246,7 +248,7 @@ def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
     blocks = p.format.blocks
     last = blocks if last is None else last
     low, high = first // SCALES * SCALES, min(-(-last // SCALES) * SCALES, blocks)  # whole blocks of scales
-    values = torch.index_select(_dynamic_on(p.absmax), 0, p.absmax[low:high].int())
+    values = torch.index_select(_book("dynamic", p.absmax), 0, p.absmax[low:high].int())
     second = p.nested_absmax[low // SCALES : -(-high // SCALES)]
     if (high - low) % SCALES:
         second = second.repeat_interleave(SCALES)[: high - low]
@@ -370,5 +372,5 @@ def entries(p: Packed, index: Tensor) -> Tensor:
     block = index // b
     top = p.absmax[block]
     if p.nested_absmax is not None:
-        top = _dynamic_on(top)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
-    return BOOKS[p.format.kind].to(top.device)[code] * top
+        top = _book("dynamic", top)[top.int()] * p.nested_absmax[block // SCALES] + p.offset
+    return _book(p.format.kind, top)[code] * top

@@ -97,9 +97,10 @@ def fuses(x: Tensor, p: Packed, transposed: bool) -> bool:
 
 
 def _takes(p: Packed, t: Tensor) -> bool:
+    if _kernels is None or _get_current_dispatch_mode_stack():  # counters and recorders see PyTorch's operations
+        return False
     plain = t.device.type == "cpu" and type(p.codes) in (Tensor, nn.Parameter) and type(t) in (Tensor, nn.Parameter)
-    watched = _get_current_dispatch_mode_stack()  # counters and recorders see PyTorch's operations
-    return _kernels is not None and plain and not watched and p.format.kind != "int8" and p.format.dtype in DTYPES
+    return plain and p.format.kind != "int8" and p.format.dtype in DTYPES
 
 
 def fill(p: Packed, scales: Callable[[int, int], Tensor], start: int, stop: int, out: Tensor) -> bool:
@@ -130,7 +131,7 @@ def _runs(top: Tensor, run: Callable[[Kernels, Tensor], Tensor]) -> Tensor | Non
     except Exception as e:
         if _kernels is kernels:
             _kernels = None
-        warnings.warn(f"compiled decoding is off: {_first_line(e)}; PyTorch's operations go on, with the same values")
+        warnings.warn(f"compiled decoding is off: {_first_line(e)}; PyTorch's operations go on")
         return None
 
 

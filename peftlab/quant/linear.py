@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextvars
 import copyreg
 import functools
+import operator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -113,28 +115,69 @@ class Shown(Tensor):
     """
 
     at: tuple[nn.Module, str]
+    views: tuple[Callable[[Tensor], Tensor], ...]  # what was taken of it: values are decoded when something is computed
 
     @staticmethod
-    def __new__(cls, m: nn.Module, param: str) -> Shown:
-        dense = layers.outline(m, param)
-        self = Tensor._make_wrapper_subclass(cls, dense.shape, dense.stride(), dtype=dense.dtype, device=m._parameters[param].device)
-        self.at = m, param
+    def __new__(cls, m: nn.Module, param: str, views: tuple[Callable[[Tensor], Tensor], ...] = ()) -> Shown:
+        dense = _through(views, layers.outline(m, param))
+        self = Tensor._make_wrapper_subclass(cls, dense.shape, dense.stride(), dense.storage_offset(), dtype=dense.dtype, device=m._parameters[param].device)
+        self.at, self.views = (m, param), views
         return self
 
     @classmethod
+    def __torch_function__(cls, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if f == Tensor.data.__set__ or (f in (Tensor.requires_grad.__set__, Tensor.requires_grad_) and any((*args[1:], *kwargs.values(), len(args) == 1))):
+            raise _unwritable(getattr(f, "__self__", f).__name__)  # no operators: torch would let them pass, and nothing would change
+        if f in (Tensor.__repr__, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__):
+            return f(_dense(args[0]), *args[1:], **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return f(*args, **kwargs)
+
+    @classmethod
     def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
-        if f in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(*args[0].at)
-        if f._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError(f"{f}: the weight of a quantised layer cannot be written to; peftlab.dequantize makes it dense")
-        args, kwargs = tree_map(lambda t: layers.values(*t.at) if isinstance(t, cls) else t, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if f._schema.is_mutable and any(isinstance(t, cls) for t in (args[0], *kwargs.values())):
+            raise _unwritable(f)
+        if _is_view(f) and isinstance(args[0], cls):
+            return args[0]._viewed(lambda W: f(W, *args[1:], **kwargs))
+        args, kwargs = tree_map(lambda t: _dense(t) if isinstance(t, cls) else t, (args, kwargs))
         return f(*args, **kwargs)
+
+    def _viewed(self, view: Callable[[Tensor], Tensor | list[Tensor]]) -> Shown | list[Shown]:
+        found = view(_through(self.views, layers.outline(*self.at)))
+        if isinstance(found, Tensor):
+            return Shown(*self.at, (*self.views, view))
+        return [Shown(*self.at, (*self.views, view, operator.itemgetter(i))) for i in range(len(found))]
+
+
+def _through(views: Iterable[Callable[[Tensor], Tensor]], W: Tensor) -> Tensor:
+    return functools.reduce(lambda t, view: view(t), views, W)
+
+
+def _dense(t: Shown) -> Tensor:
+    return _through(t.views, layers.values(*t.at))
+
+
+def _is_view(f) -> bool:
+    """Whether what an operator gives shares memory with its first argument, unchanged."""
+    alias = f._schema.arguments[0].alias_info if f._schema.arguments else None
+    return alias is not None and not alias.is_write
+
+
+def _unwritable(what: object) -> RuntimeError:
+    return RuntimeError(f"{what}: the weight of a quantised layer cannot be written to; peftlab.dequantize makes it dense")
+
+
+def _is_storage(m: nn.Module, param: str) -> bool:
+    """Whether the parameter is handed out as it is: dense, absent, or sharded by FSDP2, which fetches it by attribute."""
+    raw = m._parameters[param]
+    return raw is None or type(raw).__name__ == "DTensor" or not layers.holds_codes(m, param)
 
 
 def _show(m: nn.Module) -> Tensor:
-    raw = m._parameters["weight"]
-    if raw is None or type(raw).__name__ == "DTensor" or not layers.holds_codes(m, "weight"):  # sharded by FSDP2: storage, not a weight
-        return raw
+    if _is_storage(m, "weight"):
+        return m._parameters["weight"]
     return layers.values(m, "weight") if torch.compiler.is_compiling() else Shown(m, "weight")
 
 
@@ -279,7 +322,7 @@ def _holding(forward):
 def _decoded(name: str) -> property:
     def get(self):
         raw = self._parameters[name]
-        if raw is None or type(raw).__name__ == "DTensor" or not layers.holds_codes(self, name):
+        if _is_storage(self, name):
             return raw
         held = None if torch.compiler.is_compiling() else _held.get()
         if held is None:

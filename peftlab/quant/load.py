@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..host import Adapted, Site, bare, paused_gc
-from ..io.file import LoadError
+from ..io.file import whole
 from ..patterns import did_you_mean
 from ..progress import Progress, check_progress, told
 from ..sites import Model, ensure_module, identity, join, select_from
@@ -90,12 +90,8 @@ class _Files(contextlib.ExitStack):
 
     def open(self, path: str) -> safetensors.safe_open:
         if path not in self.at:
-            try:
+            with whole(path):
                 self.at[path] = self.enter_context(safetensors.safe_open(path, "pt"))
-            except FileNotFoundError:
-                raise
-            except (safetensors.SafetensorError, OSError) as e:
-                raise LoadError(f"{path!r} is not a whole safetensors file: {e}") from None
         return self.at[path]
 
     def tensor(self, path: str, key: str) -> Tensor:
