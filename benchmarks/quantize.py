@@ -114,6 +114,14 @@ def decodes(layer: nn.Module, size: int, dtype: torch.dtype, device: str = "cpu"
     return step
 
 
+def off(there: dict[str, nn.Module], size: int, dtype: torch.dtype) -> list[str]:
+    """How far the products of one token are from that of the decoded weight in float64, relative to it."""
+    x, mine = torch.randn(1, size, dtype=dtype), there[OURS]
+    wanted = nn.functional.linear(x.double(), mine.weight.double(), mine.bias.double())
+    with torch.no_grad():
+        return [f"{float((there[k](x).double() - wanted).norm() / wanted.norm()):.1e}" if k in there else "-" for k in (OURS, THEIRS)]
+
+
 def row(name: str, jobs: dict[str, Callable], rounds: int, cpu: bool, goal: str) -> list[object]:
     """Medians of the jobs, our ratios to the others, and the transient memory of ours."""
     times = alternate(jobs, rounds, cpu=cpu)
@@ -131,7 +139,7 @@ def row(name: str, jobs: dict[str, Callable], rounds: int, cpu: bool, goal: str)
 def run(size: int, tokens: int, rounds: int, cpu: bool, dtypes: list[torch.dtype]) -> None:
     """One table."""
     has_bitsandbytes()
-    rows = []
+    rows, errors = [], []
     for dtype in dtypes:
         short = str(dtype).removeprefix("torch.")
         torch.manual_seed(0)
@@ -144,13 +152,16 @@ def run(size: int, tokens: int, rounds: int, cpu: bool, dtypes: list[torch.dtype
         there = layers(size, dtype)
         rows.append(row(f"forward + backward {short}", {k: trains(m, tokens, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 1.35"))
         rows.append(row(f"one token {short}", {k: decodes(m, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 5"))
+        errors.append([f"one token {short}", *off(there, size, dtype)])
         there = {k: m.eval() for k, m in there.items()}  # bitsandbytes lays its codes out anew then, where it has a kernel for that
         rows.append(row(f"one token {short}, eval mode", {k: decodes(m, size, dtype) for k, m in there.items()}, rounds, cpu, "bnb 1, dense 5"))
+        errors.append([f"one token {short}, eval mode", *off(there, size, dtype)])
     head = ["", "peftlab ms", "bnb ms", "dense ms", "x bnb", "x dense", "at most", "peftlab MiB", "bnb MiB"]
     note = f"double quantisation, blocks of 64; {tokens} tokens; medians of {rounds} rounds, {'processor' if cpu else 'wall'} time; "
-    note += f"{'with' if compiled._kernels else 'without'} compile_decoding; the dense weight "
+    note += f"{'with' if compiled._on else 'without'} compile_decoding; the dense weight "
     note += f"takes {size * size * 4 / 2**20:.0f} MiB in float32; values equal bit for bit"
     show(f"nf4 and fp4, {size} x {size}", head, rows, note)
+    show("relative error", ["", OURS, THEIRS], errors, "against the product with the decoded weight in float64")
 
 
 # ---------------------------------------------------------------- on CUDA

@@ -247,6 +247,8 @@ def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
         return p.absmax[first:last]
     blocks = p.format.blocks
     last = blocks if last is None else last
+    if compiled.serves(p):
+        return compiled.scales(p, first, last)
     low, high = first // SCALES * SCALES, min(-(-last // SCALES) * SCALES, blocks)  # whole blocks of scales
     values = torch.index_select(_book("dynamic", p.absmax), 0, p.absmax[low:high].int())
     second = p.nested_absmax[low // SCALES : -(-high // SCALES)]

@@ -7,7 +7,7 @@ writes needs no peftlab where it runs.
 
 from __future__ import annotations
 
-import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,9 @@ class Product(torch.autograd.Function):
         return gx, _bias_gradient(g) if ctx.needs_input_grad[1] else None, *(None,) * 6
 
 
+Product.forward.__signature__ = inspect.signature(Product.forward)  # torch asks for it in every call, and finding it takes longer than a small product
+
+
 def _bias_gradient(g: Tensor) -> Tensor:
     return g.reshape(-1, g.shape[-1]).sum(0)
 
@@ -90,8 +93,8 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
         out = x.new_empty(*x.shape[:-1], n_in if transposed else n_out)
         kernels.multiply(flat, b, p, None if p.format.kind == "int8" else tables(p.format.kind, x.device), transposed, out)
         return out
-    if compiled.fuses(flat, p, transposed) and (found := compiled.multiply(flat, b, p, functools.partial(scales, p))) is not None:
-        return found.view(*x.shape[:-1], n_out)
+    if compiled.fuses(flat, p, transposed):
+        return compiled.multiply(flat, b, p, scales(p)).view(*x.shape[:-1], n_out)
     few = len(flat) < FEW and not compiled.serves(p, x)  # a compiled kernel has no temporaries that a small tile would keep in the cache
     rows = max(1, (WIDE if x.is_cuda else DECODE if few else TILE) // max(n_in, 1))
     if rows >= n_out or n_out * n_in <= TILE // 4:
