@@ -331,6 +331,7 @@ WRITES = (
     lambda w: w.zero_(), lambda w: w.data.mul_(2), lambda w: nn.init.ones_(w), lambda w: setattr(w, "data", torch.zeros(3, 3)),
     lambda w: w.__setitem__(2, 0), lambda w: w.data.__setitem__(slice(2), 1), lambda w: w[0].zero_(), lambda w: w.t()[0].add_(1),
     lambda w: torch.add(torch.zeros(w.shape).to(w), 1, out=w), lambda w: w.unbind(0)[0].zero_(), lambda w: w.chunk(2)[1].zero_(),
+    lambda w: torch._foreach_mul_([w], 2), lambda w: torch.max(torch.ones(w.shape).to(w), 0, out=(w[0], torch.zeros(w.shape[1]).long())),
     lambda w: w.requires_grad_(), lambda w: setattr(w, "requires_grad", True),
 )  # fmt: skip
 
@@ -345,12 +346,15 @@ def test_a_layer_shows_its_weight_dense(kind):
         assert (m.weight.shape, m.weight.dtype, m.weight.device, m.weight.requires_grad) == (W.shape, torch.bfloat16, W.device, False)
         assert torch.equal(m.weight + 0, W) and torch.equal(m.weight.float(), W.float()) and m.weight.stride() == W.stride()
         before = packed_weights(m)["weight"].codes.clone()
-        for write in WRITES:
-            with pytest.raises(RuntimeError, match="cannot be written to; peftlab.dequantize"):
-                write(m.weight)
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                for write in WRITES:
+                    with pytest.raises(RuntimeError, match="cannot be written to; peftlab.dequantize"):
+                        write(m.weight)
+                for look in LOOKS:
+                    assert torch.equal(look(m.weight) + 0, look(W) + 0) and look(m.weight).stride() == look(W).stride()
+                assert torch.equal(m.weight.double().mul_(2), W.double() * 2)  # a copy is the caller's
         assert torch.equal(packed_weights(m)["weight"].codes, before)
-        for look in LOOKS:
-            assert torch.equal(look(m.weight) + 0, look(W) + 0) and look(m.weight).stride() == look(W).stride()
         assert m.weight.tolist() == W.tolist() and str(m.weight) == str(W) and m.weight.requires_grad_(False).shape == W.shape
         assert torch.equal(copy.deepcopy(m.weight), W) and torch.equal(pickle.loads(pickle.dumps(m.weight[1:])), W[1:])
     assert torch.equal(F.linear(x.to(model[0].weight.dtype), model[0].weight, model[0].bias), model[0](x.bfloat16()))

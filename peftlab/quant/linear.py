@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import layers
 from ..host import Adapted, adapted_class, original_class, seen_of
@@ -137,7 +137,9 @@ class Shown(Tensor):
     @classmethod
     def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if f._schema.is_mutable and any(isinstance(t, cls) for t in (args[0], *kwargs.values())):
+        if (found := f.decompose(*args, **kwargs)) is not NotImplemented:  # in inference mode even `to` comes here whole, which may be a view or a copy
+            return found
+        if f._schema.is_mutable and any(isinstance(t, cls) for t in tree_leaves((args[0], kwargs))):
             raise _unwritable(f)
         if _is_view(f) and isinstance(args[0], cls):
             return args[0]._viewed(lambda W: f(W, *args[1:], **kwargs))
