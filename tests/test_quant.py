@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from cases import Experts, Net, OwnForward, conv1d_hf
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd import forward_ad
 
 import peftlab
 from peftlab import layers
@@ -321,6 +322,17 @@ def test_an_own_compute_dtype():
     host, m = model[0], model[0].peftlab.default
     wanted = peftlab.layers.rule_of(host).affine(host, m.weight(W), b, x)
     torch.testing.assert_close(model[0](x), wanted, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_passes_packed_layers(kind):
+    """With gradients off as well: then there is no graph, and still a tangent."""
+    m, x, v = peftlab.quantize(nn.Linear(24, 40), kind, targets="*"), randn(3, 24), randn(3, 24, seed=1)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            y = forward_ad.unpack_dual(m(forward_ad.make_dual(x, v)))
+            assert torch.equal(y.primal, m(x))
+            torch.testing.assert_close(y.tangent, F.linear(v, dense(m)))
 
 
 LOOKS = (

@@ -247,8 +247,6 @@ def scales(p: Packed, first: int = 0, last: int | None = None) -> Tensor:
         return p.absmax[first:last]
     blocks = p.format.blocks
     last = blocks if last is None else last
-    if compiled.serves(p):
-        return compiled.scales(p, first, last)
     low, high = first // SCALES * SCALES, min(-(-last // SCALES) * SCALES, blocks)  # whole blocks of scales
     values = torch.index_select(_book("dynamic", p.absmax), 0, p.absmax[low:high].int())
     second = p.nested_absmax[low // SCALES : -(-high // SCALES)]
@@ -346,7 +344,7 @@ def fill(p: Packed, start: int, stop: int, out: Tensor) -> None:
     form, scratch = p.format, None
     if kernels.serves(p.codes, out) and form.dtype in kernels.DTYPES:
         return kernels.fill(p, None if form.kind == "int8" else tables(form.kind, out.device), start, stop, out)
-    if compiled.serves(p, out) and compiled.fill(p, functools.partial(scales, p), start, stop, out):
+    if compiled.serves(p, out) and compiled.fill(p, start, stop, out):
         return
     b, n = max(form.blocksize, 1), form.numel
     piece = max(DECODE // b, 1) * b

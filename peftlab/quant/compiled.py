@@ -6,16 +6,18 @@ PyTorch's operations look values up, multiply, round and sum in passes of their 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -26,17 +28,17 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
 LEAST = 4096  # entries below which a call costs more than the decoding
+SHARE = 1 << 16  # entries of a product that are worth a thread
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Kernels(NamedTuple):
     """The functions of decode.cpp, which describes their arguments."""
 
-    scales: Callable
     decode: Callable
-    dot: Callable
+    multiply: Callable
 
 
 _kernels: Kernels | None = None  # once they are compiled
@@ -83,11 +85,10 @@ def _loaded(compiler: list[str]) -> Kernels:
             lines = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
             raise RuntimeError(f"{shlex.join(compiler)} made no decoding kernels: {next((s for s in lines if 'error' in s), lines[0])}") from e
     at, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
-    library.scales.argtypes = at, at, at, at, at, size, size, ctypes.c_int
-    library.decode.argtypes = at, at, at, at, size, size, flag, flag, ctypes.c_int
-    library.dot.argtypes = at, at, at, at, at, at, size, size, size, flag, ctypes.c_int
-    library.scales.restype = library.decode.restype = library.dot.restype = None
-    return Kernels(library.scales, library.decode, library.dot)
+    library.decode.argtypes = *(at,) * 7, *(size,) * 3, flag, flag, ctypes.c_int
+    library.multiply.argtypes = *(at,) * 9, *(size,) * 3, flag, flag, ctypes.c_int
+    library.decode.restype = library.multiply.restype = None
+    return Kernels(library.decode, library.multiply)
 
 
 def _run(command: list[str]) -> None:
@@ -95,30 +96,28 @@ def _run(command: list[str]) -> None:
 
 
 def _tried(kernels: Kernels) -> Kernels:
-    """The kernels, after they decoded every code as PyTorch does, and multiplied with it."""
-    wrong = "the kernels that the C++ compiler made for {} are wrong on this machine: they are not used"
+    """The kernels, after they decoded every code as PyTorch does, with plain and with coded scales, and multiplied with it."""
     with torch.device("cpu"):
-        codes, top, x = torch.arange(768).to(torch.uint8), torch.arange(1, 25) / 3, torch.arange(64) / 8
-        nested, offset = torch.arange(1, 4) / 7, torch.tensor(1 / 3)
-        values = DYNAMIC[codes.int()] * nested.repeat_interleave(256) + offset
-        if not torch.equal(_scales(kernels, codes, nested, offset, 200, 700), values[200:700]):
-            raise RuntimeError(wrong.format("scales"))
-        for kind, book in BOOKS.items():
-            W = book[torch.stack([codes >> 4, codes & 15], 1).int()].flatten() * top.repeat_interleave(64)
-            for dtype in DTYPES:
-                y = _dot(kernels, codes, top, 64, kind, dtype != torch.float32, x)
-                fits = torch.allclose(y, W.to(dtype).float().view(-1, 64) @ x)
-                if not fits or not torch.equal(_decode(kernels, codes, top, 64, kind, False, torch.empty(1536, dtype=dtype)), W.to(dtype)):
-                    raise RuntimeError(wrong.format(kind))
+        codes, x = torch.arange(768).to(torch.uint8), torch.arange(64) / 8
+        coded = torch.arange(24).mul(11).to(torch.uint8), torch.tensor([5 / 7]), torch.tensor(1 / 3)
+        tops = torch.arange(1, 25) / 3, DYNAMIC[coded[0].int()] * coded[1] + coded[2]
+        for (kind, book), (top, packed), dtype in itertools.product(BOOKS.items(), zip(tops, ((tops[0], None, None), coded), strict=True), DTYPES):
+            W = (book[torch.stack([codes >> 4, codes & 15], 1).int()].flatten() * top.repeat_interleave(64)).to(dtype)
+            found = _decode(kernels, codes, packed, 64, kind, False, 0, torch.empty(1536, dtype=dtype))
+            y, bias = torch.empty(24, dtype=dtype), top.to(dtype)
+            wanted = F.linear(x.double(), W.view(24, 64).double(), bias.double())
+            _multiply(kernels, codes, packed, 64, kind, dtype != torch.float32, x.to(dtype), bias, y)
+            if not torch.equal(found, W) or not torch.allclose(y.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5):
+                raise RuntimeError(f"the kernels that the C++ compiler made for {kind} are wrong on this machine: they are not used")
     return kernels
 
 
 # ---------------------------------------------------------------- when they are picked
 
 
-def serves(p: Packed, like: Tensor | None = None) -> bool:
-    """Whether a kernel decodes p to memory like this, or its coded scales."""
-    return (like is None or like.dtype in DTYPES) and _takes(p, p.absmax if like is None else like)
+def serves(p: Packed, like: Tensor) -> bool:
+    """Whether a kernel decodes p to memory like this."""
+    return like.dtype in DTYPES and _takes(p, like)
 
 
 def fuses(x: Tensor, p: Packed, transposed: bool) -> bool:
@@ -135,48 +134,44 @@ def _takes(p: Packed, t: Tensor) -> bool:
     return plain and p.format.kind != "int8" and p.format.dtype in DTYPES
 
 
-def scales(p: Packed, first: int, last: int) -> Tensor:
-    """float32 absmax of the blocks first..last, which are coded."""
-    return _scales(_kernels, p.absmax, p.nested_absmax, p.offset, first, last)
-
-
-def fill(p: Packed, scales: Callable[[int, int], Tensor], start: int, stop: int, out: Tensor) -> bool:
+def fill(p: Packed, start: int, stop: int, out: Tensor) -> bool:
     """Write the entries start..stop of p to `out`. False, and nothing done, unless they are many whole blocks."""
     b = p.format.blocksize
     if start % b or stop % b or stop - start < LEAST:
         return False
     codes = p.codes.view(-1)[start // 2 : stop // 2]
-    _decode(_kernels, codes, scales(start // b, stop // b), b, p.format.kind, p.format.dtype == torch.bfloat16, out)
+    _decode(_kernels, codes, p[2:], b, p.format.kind, p.format.dtype == torch.bfloat16, start // b, out)
     return True
 
 
-def multiply(x: Tensor, b: Tensor | None, p: Packed, top: Tensor) -> Tensor:
-    """x (1, n_in) W' + b, (n_out,), summed in float32; only what `fuses` says."""
+def multiply(x: Tensor, bias: Tensor | None, p: Packed) -> Tensor:
+    """x (1, n_in) W' + bias, (1, n_out), summed in float32; only what `fuses` says."""
     form = p.format
-    y = _dot(_kernels, p.codes.view(-1), top, form.blocksize, form.kind, torch.bfloat16 in (form.dtype, form.cast, x.dtype), x.reshape(-1))
-    return (y if b is None else y + b).to(x.dtype)
+    y = torch.empty(1, form.shape[0], dtype=x.dtype, device="cpu")
+    rounded = torch.bfloat16 in (form.dtype, form.cast, x.dtype)
+    return _multiply(_kernels, p.codes, p[2:], form.blocksize, form.kind, rounded, x, None if bias is None else bias.to(x.dtype), y)
 
 
 # ---------------------------------------------------------------- calls
 
 
-def _scales(kernels: Kernels, codes: Tensor, nested: Tensor, offset: Tensor, first: int, last: int) -> Tensor:
-    codes, nested, top = codes.contiguous(), nested.contiguous(), torch.empty(last - first, dtype=torch.float32, device="cpu")
-    kernels.scales(*(t.data_ptr() for t in (codes, nested, offset, DYNAMIC, top)), first, last, torch.get_num_threads())
-    return top
-
-
-def _decode(kernels: Kernels, codes: Tensor, top: Tensor, b: int, kind: str, rounded: bool, out: Tensor) -> Tensor:
-    """Decode whole blocks into `out`, contiguous; `rounded`: to bfloat16 first."""
-    codes, top = codes.contiguous(), top.contiguous()
-    kernels.decode(*(t.data_ptr() for t in (codes, top, BOOKS[kind], out)), len(top), b, rounded, out.dtype == torch.bfloat16, torch.get_num_threads())
+def _decode(kernels: Kernels, codes: Tensor, scales: Sequence[Tensor | None], b: int, kind: str, rounded: bool, first: int, out: Tensor) -> Tensor:
+    """Decode whole blocks, the first of which has the scale `first`, into `out`, contiguous; `rounded`: to bfloat16 first."""
+    narrow, threads = out.dtype == torch.bfloat16, torch.get_num_threads()
+    _call(kernels.decode, (codes, *scales, DYNAMIC, BOOKS[kind], out), first, len(out) // b, b, rounded, narrow, threads)
     return out
 
 
-def _dot(kernels: Kernels, codes: Tensor, top: Tensor, b: int, kind: str, rounded: bool, x: Tensor) -> Tensor:
-    """W x, (n_out,) float32, for x (n_in,)."""
-    codes, top = codes.contiguous(), top.contiguous()
-    first, second = x.float().view(-1, 2).t().contiguous()
-    y = torch.empty(2 * len(codes) // len(x), dtype=torch.float32, device="cpu")
-    kernels.dot(*(t.data_ptr() for t in (codes, top, BOOKS[kind], first, second, y)), len(y), len(x), b, rounded, torch.get_num_threads())
+def _multiply(
+    kernels: Kernels, codes: Tensor, scales: Sequence[Tensor | None], b: int, kind: str, rounded: bool, x: Tensor, bias: Tensor | None, y: Tensor
+) -> Tensor:
+    """W x + bias into y (..., n_out), for x (..., n_in) of one row and its dtype."""
+    n_out, n_in = y.numel(), x.numel()
+    threads = min(torch.get_num_threads(), 1 + n_out * n_in // SHARE)
+    _call(kernels.multiply, (codes, *scales, DYNAMIC, BOOKS[kind], x, bias, y), n_out, n_in, b, rounded, x.dtype == torch.bfloat16, threads)
     return y
+
+
+def _call(kernel: Callable, tensors: Iterable[Tensor | None], *facts: int) -> None:
+    held = [None if t is None else t.contiguous() for t in tensors]
+    kernel(*(None if t is None else t.data_ptr() for t in held), *facts)

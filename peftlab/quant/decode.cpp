@@ -2,13 +2,13 @@
 //
 // A block's 16 values are its scale times the book, rounded where they are bfloat16. They are formed once a block; then an entry is one look-up.
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
-#if !defined(__AVX2__)
-#error the kernels look values up with instructions of AVX2 or AVX-512, which this processor lacks
+#if !defined(__AVX2__) || !defined(__FMA__)
+#error the kernels look values up with instructions of AVX2 and FMA, or of AVX-512, which this processor lacks
 #endif
 #include <immintrin.h>
 
@@ -40,6 +40,15 @@ inline Values load_book(const float* at) {
   return found;
 }
 
+// a + x y, rounded once
+inline Floats plus_product(Floats a, Floats x, Floats y) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)a);
+#else
+  return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)a);
+#endif
+}
+
 // LANES bytes, as numbers
 inline Ints widen(const uint8_t* at) {
 #if defined(__AVX512F__)
@@ -58,6 +67,17 @@ inline Floats look_up(const Values& values, Ints code) {
   return (Floats)_mm256_blendv_ps(lower, upper, (__m256)(code << 28));  // bit 3 of the code, as a sign
 #endif
 }
+
+// The scale of a block: as it is, or coded, with the absmax of 256 scales and the mean of all
+struct Scales {
+  const void* absmax;
+  const float *nested, *offset, *book;
+
+  float operator()(int64_t k) const {
+    if (nested == nullptr) return static_cast<const float*>(absmax)[k];
+    return book[static_cast<const uint8_t*>(absmax)[k]] * nested[k / 256] + *offset;  // rounded twice: not to be contracted
+  }
+};
 
 // The nearest bfloat16, the even one of two; not for NaN
 inline Floats nearest_bfloat16(Floats x) {
@@ -97,29 +117,40 @@ void decode_wide(const uint8_t* codes, const Values& values, char* out, int64_t 
   }
 }
 
+inline float widened(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float found;
+  std::memcpy(&found, &bits, sizeof found);
+  return found;
+}
+
+inline uint16_t narrowed(float x) {
+  if (std::isnan(x)) return 0x7fc0;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline float read(const void* from, int64_t i, bool narrow) {
+  return narrow ? widened(static_cast<const uint16_t*>(from)[i]) : static_cast<const float*>(from)[i];
+}
+
 }  // namespace
 
 extern "C" {
 
-// top[k] = book[codes[k]] * nested[k / 256] + offset, k in [first, last); top begins with that of `first`.
-void scales(const uint8_t* codes, const float* nested, const float* offset, const float* book, float* top, int64_t first, int64_t last, int threads) {
-  constexpr int64_t GROUP = 256;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t g = first / GROUP; g < (last + GROUP - 1) / GROUP; g++) {
-    const int64_t from = std::max(first, g * GROUP), to = std::min(last, (g + 1) * GROUP);
-    for (int64_t k = from; k < to; k++) top[k - first] = book[codes[k]] * nested[g];
-    for (int64_t k = from; k < to; k++) top[k - first] += *offset;  // in a loop of its own: fused with the product, it would be rounded once, not twice
-  }
-}
+// In both: codes: two a byte, the first entry in the upper half. absmax, nested, offset, scale_book: a scale a block of b entries, see Scales; nested is
+// null where they are not coded. book: what the 16 codes stand for. round: values are rounded to bfloat16. narrow: tensors are bfloat16, else float32.
 
-// out: blocks * b values, bfloat16 where narrow, else float32, rounded to bfloat16 before if so wanted.
-// codes: blocks * b / 2 bytes, the first entry of a pair in the upper half; top: a scale a block.
-void decode(const uint8_t* codes, const float* top, const float* book, void* out, int64_t blocks, int64_t b, bool round, bool narrow, int threads) {
+// out: the values of `count` blocks from `first` on; codes begin with them, scales with block 0.
+void decode(const uint8_t* codes, const void* absmax, const float* nested, const float* offset, const float* scale_book, const float* book, void* out,
+            int64_t first, int64_t count, int64_t b, bool round, bool narrow, int threads) {
+  const Scales scales{absmax, nested, offset, scale_book};
   const Values values = load_book(book);
   char* const to = static_cast<char*>(out);
 #pragma omp parallel for num_threads(threads)
-  for (int64_t k = 0; k < blocks; k++) {
-    const Values here = scaled(values, top[k], round || narrow);
+  for (int64_t k = 0; k < count; k++) {
+    const Values here = scaled(values, scales(first + k), round || narrow);
     if (narrow)
       decode_narrow(codes + k * b / 2, here, to + 2 * k * b, b / 2);
     else
@@ -127,26 +158,33 @@ void decode(const uint8_t* codes, const float* top, const float* book, void* out
   }
 }
 
-// y = W x, (n_out,). first and second: the even and the odd entries of x (n_in,), where n_in is a multiple of b.
-void dot(const uint8_t* codes, const float* top, const float* book, const float* first, const float* second, float* y, int64_t n_out, int64_t n_in, int64_t b,
-         bool round, int threads) {
+// y = W x + bias, (n_out,), summed in float32; n_in is a multiple of b, bias may be null.
+void multiply(const uint8_t* codes, const void* absmax, const float* nested, const float* offset, const float* scale_book, const float* book, const void* x,
+              const void* bias, void* y, int64_t n_out, int64_t n_in, int64_t b, bool round, bool narrow, int threads) {
+  const Scales scales{absmax, nested, offset, scale_book};
   const Values values = load_book(book);
+  std::vector<float> first(n_in / 2), second(n_in / 2);  // the even and the odd entries of x
+  for (int64_t j = 0; j < n_in / 2; j++) first[j] = read(x, 2 * j, narrow), second[j] = read(x, 2 * j + 1, narrow);
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < n_out; i++) {
     Floats even = {}, odd = {};
     const uint8_t* at = codes + i * n_in / 2;
     for (int64_t k = 0; k < n_in / b; k++) {
-      const Values here = scaled(values, top[i * (n_in / b) + k], round);
+      const Values here = scaled(values, scales(i * (n_in / b) + k), round);
       for (int64_t j = k * b / 2; j < (k + 1) * b / 2; j += LANES) {
         const Ints byte = widen(at + j);
-        even += look_up(here, byte >> 4) * load(first + j);
-        odd += look_up(here, byte) * load(second + j);
+        even = plus_product(even, look_up(here, byte >> 4), load(&first[j]));
+        odd = plus_product(odd, look_up(here, byte), load(&second[j]));
       }
     }
     even += odd;
     float sum = 0;
     for (int j = 0; j < LANES; j++) sum += even[j];
-    y[i] = sum;
+    if (bias != nullptr) sum += read(bias, i, narrow);
+    if (narrow)
+      static_cast<uint16_t*>(y)[i] = narrowed(sum);
+    else
+      static_cast<float*>(y)[i] = sum;
   }
 }
 }

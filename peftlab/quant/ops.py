@@ -12,10 +12,11 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import layers
 from . import compiled, kernels
-from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, exporting, fill, scales, tables
+from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, exporting, fill, tables
 
 
 def product(x: Tensor, b: Tensor | None, p: Packed) -> Tensor:
@@ -27,7 +28,13 @@ def product(x: Tensor, b: Tensor | None, p: Packed) -> Tensor:
         return packed_product(x, b, *_parts(p), False)
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace does not see into quantised layers: torch.export does, or peftlab.dequantize the model")
-    return Product.apply(x, b, p.format, False, *p[1:])
+    return Product.apply(x, b, p.format, False, *p[1:]) if _recorded(x, b) else multiply(x, b, p, False)
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd, torch.func or forward mode takes note of what is done: for them there is a Function, which costs as much as a small product."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def dense(p: Packed) -> Tensor:
@@ -94,7 +101,7 @@ def multiply(x: Tensor, b: Tensor | None, p: Packed, transposed: bool) -> Tensor
         kernels.multiply(flat, b, p, None if p.format.kind == "int8" else tables(p.format.kind, x.device), transposed, out)
         return out
     if compiled.fuses(flat, p, transposed):
-        return compiled.multiply(flat, b, p, scales(p)).view(*x.shape[:-1], n_out)
+        return compiled.multiply(flat, b, p).view(*x.shape[:-1], n_out)
     few = len(flat) < FEW and not compiled.serves(p, x)  # a compiled kernel has no temporaries that a small tile would keep in the cache
     rows = max(1, (WIDE if x.is_cuda else DECODE if few else TILE) // max(n_in, 1))
     if rows >= n_out or n_out * n_in <= TILE // 4:
