@@ -392,7 +392,7 @@ def _nudged(t: Tensor, size: float, generator: torch.Generator) -> Tensor:
     """t plus noise of `size` times its root mean square (of `size` where it is zero)."""
     scale = t.abs().double().square().mean().sqrt().item() if t.numel() else 1.0
     kind = torch.float64 if t.dtype in (torch.float64, torch.complex128) else torch.float32
-    noise = torch.randn(t.shape, generator=generator, dtype=kind).to(t.device)
+    noise = torch.randn(t.shape, generator=generator, dtype=kind, device="cpu").to(t.device)
     return (t + noise * (size * (scale or 1.0))).to(t.dtype)
 
 
@@ -431,7 +431,7 @@ def _mixture(output: object) -> Tensor:
     generator, total = torch.Generator().manual_seed(1), 0
     for t in _floating(output):
         t = torch.where(torch.isfinite(t), t, 0)
-        total = total + (_real(t) * torch.randn(_real(t).shape, generator=generator).to(t.device)).sum().cpu()
+        total = total + (_real(t) * torch.randn(_real(t).shape, generator=generator, device="cpu").to(t.device)).sum().cpu()
     return total
 
 

@@ -323,10 +323,10 @@ def _slices(whole: Site, paths: list[str], parts: Mapping, pattern, taken: set[i
 def _picked(n: int, rows: object, where: str) -> Tensor:
     """Explicit rows (indices, a mask, a slice, a range) as indices into n rows."""
     try:
-        index = rows if isinstance(rows, (slice, Tensor)) else torch.as_tensor(list(rows))
+        index = rows if isinstance(rows, slice) else rows.cpu() if isinstance(rows, Tensor) else torch.as_tensor(list(rows), device="cpu")
         if isinstance(index, Tensor) and index.dtype != torch.bool and bool((index < 0).any()):
             raise IndexError(rows)
-        return torch.arange(n)[index].reshape(-1)
+        return torch.arange(n, device="cpu")[index].reshape(-1)
     except (TypeError, ValueError, IndexError, RuntimeError):
         raise ValueError(f"{where}: give a size, or rows among 0..{n - 1}") from None
 

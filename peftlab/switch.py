@@ -622,7 +622,7 @@ def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> No
     there = _tensors(model, average)
     for k, a in average.items():
         new = there[k].detach()
-        a.lerp_(new.to(a.dtype), 1 - decay) if a.is_floating_point() or a.is_complex() else a.copy_(new)
+        a.lerp_(new.to(a), 1 - decay) if a.is_floating_point() or a.is_complex() else a.copy_(new)
 
 
 def view(model: nn.Module) -> nn.Module:

@@ -74,14 +74,15 @@ class Ledger:
 
 @functools.lru_cache(512)
 def _positions(numel: int) -> Tensor:
-    return torch.linspace(0, max(numel - 1, 0), min(SAMPLES, numel), dtype=torch.float64).round().long()
+    return torch.linspace(0, max(numel - 1, 0), min(SAMPLES, numel), dtype=torch.float64, device="cpu").round().long()
 
 
 def samples(t: Tensor) -> Tensor:
     """Evenly spread entries of a tensor, (<= SAMPLES,); of a foreign one, of the first tensor that it wraps."""
     t = contents(t.detach())[0]
     flat = t.view(-1) if t.is_contiguous() else t.reshape(-1)
-    return flat[_positions(flat.shape[0]).to(t.device)]
+    positions = _positions if type(flat) is Tensor else _positions.__wrapped__  # what is made of fake tensors must not be cached
+    return flat[positions(flat.shape[0]).to(t.device)]
 
 
 def ledgers(model: nn.Module) -> list[tuple[str, nn.Module, Ledger]]:

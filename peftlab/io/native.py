@@ -66,7 +66,7 @@ def fingerprint(t: Tensor, values: bool = True) -> dict:
     plain = layers.unwrapped(_whole(t.detach())) if values and t.numel() else None
     if plain is not None:
         found = samples(plain)
-        found = torch.zeros(found.shape, dtype=t.dtype) if found.is_meta else found.cpu().contiguous()
+        found = torch.zeros(found.shape, dtype=t.dtype, device="cpu") if found.is_meta else found.cpu().contiguous()
         out["values"] = base64.b64encode(found.view(torch.uint8).numpy().tobytes()).decode()
     return out
 
@@ -224,7 +224,7 @@ def _rows(rows) -> object:
 
 
 def _rows_back(rows) -> slice | Tensor | None:
-    return None if rows is None else slice(rows["from"], rows["to"]) if isinstance(rows, dict) else torch.tensor(rows)
+    return None if rows is None else slice(rows["from"], rows["to"]) if isinstance(rows, dict) else torch.tensor(rows, device="cpu")
 
 
 def _site_facts(host_path: str, s: Site, settings: int, stack) -> dict:

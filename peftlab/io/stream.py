@@ -197,7 +197,7 @@ class Shards:
         place = self.places[key]
         if place.dtype is None:
             raise ValueError(f"{key!r} has a data type that cannot be merged into")
-        out = torch.empty(place.shape, dtype=place.dtype)
+        out = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         with open(self.folder / place.file, "rb") as f:
             f.seek(place.start)
             if out.numel():
@@ -380,7 +380,7 @@ class _Job:
                     raise LoadError(f"this is not the base that the adapter was trained on: {wrong}")
             originals[param] = old
             value = self.tensors[name].to(meta.dtype) if name in self.replacing else old
-            host._parameters[param] = nn.Parameter(torch.zeros(meta.shape, dtype=meta.dtype) if value is None else value, requires_grad=False)
+            host._parameters[param] = nn.Parameter(torch.zeros(meta.shape, dtype=meta.dtype, device="cpu") if value is None else value, requires_grad=False)
         return originals
 
     def _stack(self, path: str, host: nn.Module) -> Stack:

@@ -28,7 +28,7 @@ def demand_schedule(method: nn.Module, tensor: Tensor, limit: int = 20) -> None:
         # The version does not see optimizers that write through `.data`; values do not see steps that leave these entries alone.
         shard = p.to_local() if type(p).__name__ == "DTensor" else p
         now = p._version, shard.detach().flatten()[:SAMPLE].clone()
-        steps += seen is not None and (now[0] != seen[0] or not torch.equal(now[1], seen[1]))
+        steps += seen is not None and (now[0] != seen[0] or not torch.equal(now[1], seen[1].to(now[1])))
         seen = now
         if steps >= limit:
             raise RuntimeError(

@@ -87,10 +87,10 @@ class Classifier(nn.Module):
         old = self.gates.get()
         if rows is not None:
             if g is None:
-                g = old if old is None or len(old) <= int(rows.max()) else old.index_fill(0, rows, 0.0)
+                g = old if old is None or len(old) <= int(rows.max()) else old.index_fill(0, rows.to(old.device), 0.0)
             else:
-                old = torch.zeros_like(g) if old is None or old.shape != g.shape else old
-                g = old.index_copy(0, rows, g[rows])
+                old, at = torch.zeros_like(g) if old is None or old.shape != g.shape else old, rows.to(g.device)
+                g = old.index_copy(0, at, g[at])
         self.gates.put(g)
 
     def state(self) -> tuple:

@@ -170,8 +170,10 @@ class _Job:
         return p._replace(format=p.format._replace(compute=self.compute))
 
     def commit(self, name: str, part: Tensor | Packed) -> None:
-        """Put it there."""
+        """Put it there, on the device of what was there; what is on meta gets its values on the CPU."""
         m, n = self.slots[name]
+        old = m._parameters[n] if n in m._parameters else m._buffers[n]
+        part = _on(part, torch.device("cpu") if old.is_meta else old.device)
         if isinstance(part, Packed):
             pack(m, n, part, works_on_codes(self.view, self.sites[id(m), n]))
         elif n in m._parameters:
@@ -180,6 +182,10 @@ class _Job:
                 host._parameters[param] = new
         else:
             m._buffers[n] = part
+
+
+def _on(part: Tensor | Packed, device: torch.device) -> Tensor | Packed:
+    return part.to(device) if isinstance(part, Tensor) else Packed(*(t.to(device) if isinstance(t, Tensor) else t for t in part))
 
 
 def _paths(files) -> list[str]:
