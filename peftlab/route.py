@@ -137,7 +137,8 @@ def _above(parents: dict[int, list[nn.Module]], m: nn.Module) -> list[nn.Module]
 def run(host: nn.Module, stack: Stack, routed: Routed, args: tuple, kwargs: dict):
     """The host's call with a batch whose rows have links of their own."""
     size = _batch_size(host, routed.route, args, kwargs)
-    parts = [(links, _each(rows, size // routed.route.rows)) for links, rows in routed.parts]
+    k = len(range(size // routed.route.rows))  # a number to torch.compile too, which a size need not be
+    parts = [(links, _each(rows, k)) for links, rows in routed.parts]
     if len(parts) == 1 and not routed.within:
         return hosts.run_links(host, stack, parts[0][0], args, kwargs)
     if isinstance(host, nn.Embedding):

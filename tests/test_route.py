@@ -230,11 +230,18 @@ def test_a_module_that_runs_once_a_group_is_refused_what_it_would_write_to():
 
 @pytest.mark.parametrize("names", [["a", None, "b", "a"], ["a", "a", "b", "b"]])
 def test_a_routed_batch_compiles_without_breaks(names):
-    model, x = moved(net(), "a", "b"), torch.randn(4, 6).double()
+    """After batches of several sizes, too, which make torch.compile take the size for a variable."""
+    torch._dynamo.reset()
+    model = moved(net(), "a", "b")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(x)
-    with peftlab.route(compiled, names):
-        torch.testing.assert_close(compiled(x), model(x))
+    for before, sizes in (((4,), (4,)), ((6, 8), (4, 8, 12, 4))):
+        for n in before:
+            compiled(torch.randn(n, 6).double())
+        for n in sizes:
+            x = torch.randn(n, 6).double()
+            with peftlab.route(compiled, names):
+                torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
 
 
 def test_an_encoder_with_a_padding_mask_in_eval_mode():
