@@ -176,8 +176,8 @@ def _told_dim(host: nn.Module) -> int | None:
 def _batch_size(host: nn.Module, route: Route, args: tuple, kwargs: dict) -> int:
     """The rows of the batch; at least one a route's entry (ids of one row, as of positions, are the same for all)."""
     named_first = [kwargs[k] for k in _INPUTS if k in kwargs]
-    x = next((t for t in [*args, *named_first, *kwargs.values()] if isinstance(t, Tensor)), None)
-    dim = _dim(host, route)
+    tensors = [t for t in [*args, *named_first, *kwargs.values()] if isinstance(t, Tensor)]
+    x, dim = tensors[0] if tensors else None, _dim(host, route)
     if x is None or x.ndim <= dim:
         raise ValueError(f"a {hosts.original_class(host).__name__} was called without a batch inside route(...): its rows cannot be told apart")
     if isinstance(host, nn.Embedding) and x.ndim == 1:
