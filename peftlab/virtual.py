@@ -7,7 +7,6 @@ position ids, token types and labels that enter the stack are lengthened with it
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, 
 
 from .attend import attends, passed_on
 from .host import original_class, walk
+from .model.arguments import CACHE_POSITIONS, ENCODER_MASK, ENCODER_STATES, TokenArguments, marks_padding, past_in, token_role
+from .model.caches import Past, declares_cache, find_cache, is_cache
 from .parts import outputs
 from .parts.prefix import together
 from .parts.slots import Place, Slots, around_cache
@@ -79,46 +80,15 @@ def stacks_above(model: Model, hosts: list[nn.Module]) -> list[nn.Module]:
 # ---------------------------------------------------------------- what it is called with
 
 
-@dataclass(frozen=True)
-class Inputs:
+def _arguments(host: nn.Module) -> TokenArguments:
     """The names of what a stack is called with."""
-
-    order: tuple[str, ...]
-    tokens: str
-    embeds: str | None
-    positions: str | None
-    mask: str | None
-
-    @classmethod
-    def of(cls, host: nn.Module) -> Inputs:
-        parameters = inspect.signature(original_class(host).forward).parameters.values()
-        order = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
-        first = {role: next((n for n in order if _role(n) == role), None) for role in ("positions", "mask")}
-        tokens = "input_ids" if "input_ids" in order else next(iter(order), "")
-        return cls(order, tokens, "inputs_embeds" if "inputs_embeds" in order else None, **first)
-
-    def named(self, args: tuple, kwargs: dict) -> dict:
-        return dict(zip(self.order, args, strict=False)) | kwargs
-
-
-def _role(name: str) -> str:
-    """What an argument of the token length means, by its name."""
-    for words, role in ((("mask",), "mask"), (("pos",), "positions"), (("type", "segment"), "types"), (("label", "target"), "labels")):
-        if any(w in name for w in words) and not any(w in name for w in ("encoder", "past", "cache", "embed")):
-            return role
-    return ""
+    return TokenArguments.of(original_class(host).forward)
 
 
 def refuse_without_positions(base: Base) -> None:
     """For a method that moves positions."""
-    if Inputs.of(base.site.host).positions is None:
+    if _arguments(base.site.host).positions is None:
         raise ValueError(f"shift=True: {base.path!r}, a {original_class(base.site.host).__name__}, takes no position ids that could be moved")
-
-
-def _cached(named: dict) -> int:
-    """The tokens that a cache holds already."""
-    past = named.get("past_key_values")
-    return 0 if past is None else past.get_seq_length()
 
 
 def _slots_below(base: Base) -> int:
@@ -127,15 +97,23 @@ def _slots_below(base: Base) -> int:
     return sum(max((s.n for m in level if isinstance(s := getattr(m, "stack", None), Surround)), default=0) for level in levels)
 
 
+def _callers_past(base: Base, past: Past) -> int:
+    """The tokens in a cache that the caller of this method counts."""
+    if not past.filled:
+        return 0
+    if past.tokens is None:
+        raise ValueError(f"the positions of tokens at {base.path!r} go on from those in a cache that does not count: pass position ids, or use_cache=False")
+    return past.tokens - _slots_below(base)
+
+
 def shifted(base: Base, by: int | list[tuple[int, Tensor]], args: tuple, kwargs: dict):
     """What lies below, with the real tokens' positions moved, by so many or by so many for each group of rows."""
-    inputs = Inputs.of(base.site.host)
+    inputs = _arguments(base.site.host)
     named = inputs.named(args, kwargs)
-    x = named.get(inputs.tokens) if named.get(inputs.tokens) is not None else named[inputs.embeds]
+    x = inputs.given(named)
     given = named.get(inputs.positions)
     if given is None:
-        past = _cached(named)
-        given = torch.arange(x.shape[1], device=x.device)[None] + (past - _slots_below(base) if past else 0)
+        given = torch.arange(x.shape[1], device=x.device)[None] + _callers_past(base, past_in(named))
     if not isinstance(by, int):
         by = _of_rows(by, x.shape[0], x.device)[:, None]
     return base(**named | {inputs.positions: given + by})
@@ -189,29 +167,31 @@ class Prompt:
         return torch.arange(self.n, device=self.lengths.device)[None] >= self.n - self.lengths[:, None]
 
 
-def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args: tuple, kwargs: dict):
+def inserted(base: Base, inputs: TokenArguments, table: nn.Module, prompt: Prompt, args: tuple, kwargs: dict):
     """What lies below, called with virtual tokens among its tokens; its output without them."""
     named = _cross(inputs.named(args, kwargs))
-    ids, embeds = named.get(inputs.tokens), named.get(inputs.embeds) if inputs.embeds else None
+    ids, embeds = named.get(inputs.tokens), named.get(inputs.embeddings) if inputs.embeddings else None
     x = ids if ids is not None else embeds
-    seen = _cached(named)
-    seen = seen - _slots_below(base) if seen else 0
+    past = past_in(named)
+    if past.filled and past.tokens is not None:
+        past = Past(True, past.tokens - _slots_below(base))
     if prompt.n == 0:
         return base(**named)
     if isinstance(named.get(inputs.mask), Mapping):
         raise ValueError(f"{inputs.mask} comes as several masks, which cannot be lengthened by {prompt.n} virtual tokens: give one entry a token{_STATIC}")
     if prompt.lengths is not None:
-        named = _said(inputs, prompt, named, x, seen)
-    if seen:
-        return base(**_after(prompt, named, seen, x.shape[1]))
+        named = _said(inputs, prompt, named, x, past)
+    if past.filled:
+        return base(**_after(prompt, named, past, x.shape[1]))
+    _refuse_hidden_cache(base, inputs, named, x.shape[1])
     slots = Slots(prompt.at, prompt.n, x, _real(inputs, named, x))
     named |= _lengthened(inputs, prompt, slots, named, x)
     P = prompt.P()
     P = P if P.ndim == 3 else P[None]
-    if embeds is None and inputs.embeds:
+    if embeds is None and inputs.embeddings:
         embeds = table(ids)
     if embeds is not None:
-        named[inputs.embeds], named[inputs.tokens] = slots.put(embeds, P.to(embeds.dtype)), None
+        named[inputs.embeddings], named[inputs.tokens] = slots.put(embeds, P.to(embeds.dtype)), None
         out = base(**named)
     else:
         named[inputs.tokens] = slots.put(ids, _filler(ids, table, prompt.n))
@@ -223,7 +203,22 @@ def inserted(base: Base, inputs: Inputs, table: nn.Module, prompt: Prompt, args:
     return out if prompt.keep else _trimmed(out, slots, prompt.causal, base.site.host)
 
 
-def _real(inputs: Inputs, named: dict, x: Tensor) -> Tensor | None:
+def _refuse_hidden_cache(base: Base, inputs: TokenArguments, named: dict, L: int) -> None:
+    """A call that goes on from earlier tokens without a cache to be seen: virtual tokens would be inserted a second time."""
+    if find_cache(named) is not None or not declares_cache(inputs.order):
+        return
+    mask, positions = (named.get(name) if name else None for name in (inputs.mask, inputs.positions))
+    goes_on = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > L
+    if not goes_on and L == 1 and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
+        goes_on = positions.numel() > 0 and bool((positions > 0).all())
+    if goes_on:
+        raise ValueError(
+            f"{base.path!r} was called with {L} tokens that follow earlier ones, and none of its arguments ({', '.join(sorted(named))}) is known as a cache: "
+            "whether its virtual tokens are in it cannot be told. Pass the cache under its name, or all tokens with use_cache=False"
+        )
+
+
+def _real(inputs: TokenArguments, named: dict, x: Tensor) -> Tensor | None:
     """Which tokens (B, L) are not padding, as the mask says; None without one."""
     mask = named.get(inputs.mask) if inputs.mask else None
     if mask is None or mask.ndim != 2 or mask.shape[1] != x.shape[1] or mask.shape[0] not in (1, x.shape[0]):
@@ -231,7 +226,7 @@ def _real(inputs: Inputs, named: dict, x: Tensor) -> Tensor | None:
     if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
         raise ValueError(f"{inputs.mask} holds numbers to be added: give ones for tokens and zeros for padding, which can be lengthened")
     mask = mask.expand(x.shape[0], -1)
-    return mask == 0 if "padding" in inputs.mask else mask != 0  # torch's way round: True is padding
+    return mask == 0 if marks_padding(inputs.mask) else mask != 0
 
 
 def _filler(ids: Tensor, table: nn.Embedding, n: int) -> Tensor:
@@ -242,29 +237,29 @@ def _filler(ids: Tensor, table: nn.Embedding, n: int) -> Tensor:
 
 def _cross(named: dict) -> dict:
     """A decoder sees virtual tokens that stand in front of its encoder's output."""
-    states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+    states, mask = named.get(ENCODER_STATES), named.get(ENCODER_MASK)
     if states is not None and mask is not None and mask.ndim == 2 and states.shape[1] > mask.shape[1]:
-        named = named | {"encoder_attention_mask": around_cache(mask, mask.new_ones(1, states.shape[1] - mask.shape[1]))}
+        named = named | {ENCODER_MASK: around_cache(mask, mask.new_ones(1, states.shape[1] - mask.shape[1]))}
     return named
 
 
-def _lengthened(inputs: Inputs, prompt: Prompt, slots: Slots, named: dict, x: Tensor) -> dict:
+def _lengthened(inputs: TokenArguments, prompt: Prompt, slots: Slots, named: dict, x: Tensor) -> dict:
     """The other arguments of the tokens' length, as the longer sequence needs them."""
     B, L = x.shape[:2]
     out = {}
     for name, t in named.items():
-        role = _role(name)
-        if not isinstance(t, Tensor) or name in (inputs.tokens, inputs.embeds) or "encoder" in name:
+        role = token_role(name)
+        if not isinstance(t, Tensor) or name in (inputs.tokens, inputs.embeddings) or "encoder" in name:
             continue
-        if name == "cache_position":
+        if name == CACHE_POSITIONS:
             out[name] = torch.cat([t[:1] + torch.arange(prompt.n, device=t.device), t + prompt.n])
         elif role == "positions" and t.ndim == 2:
             out[name] = slots.positions(t, prompt.lengths)
         elif t.ndim >= 2 and t.shape[1] == L and t.shape[0] in (1, B) and t.ndim == 2 and role:
-            value = {"types": 0, "labels": IGNORED, "mask": 0 if "padding" in name else 1}[role]
+            value = {"types": 0, "labels": IGNORED, "mask": 0 if marks_padding(name) else 1}[role]
             fill = torch.full((1, prompt.n), value, dtype=t.dtype, device=t.device)
             if role == "mask" and prompt.there is not None:
-                fill = prompt.there.logical_not() if "padding" in name else prompt.there
+                fill = prompt.there.logical_not() if marks_padding(name) else prompt.there
             out[name] = slots.put(t.expand(B, -1), fill)
         elif role or (t.ndim >= 2 and tuple(t.shape[:2]) == (B, L)):
             raise ValueError(_unfit(name, t, prompt.n) + f", ({B}, {L}), or none{_STATIC if t.ndim == 4 else ''}")
@@ -278,34 +273,36 @@ def _unfit(name: str, t: Tensor, n: int) -> str:
 _STATIC = '. Such masks are made for a static cache: take the dynamic one, generate(..., cache_implementation="dynamic")'
 
 
-def _said(inputs: Inputs, prompt: Prompt, named: dict, x: Tensor, seen) -> dict:
+def _said(inputs: TokenArguments, prompt: Prompt, named: dict, x: Tensor, past: Past) -> dict:
     """Where rows differ, nothing can be left to the model: the mask and the positions are spelled out."""
     B, L = x.shape[:2]
-    past, named = seen - prompt.n if seen else 0, dict(named)
+    if past.tokens is None:
+        raise ValueError("rows have different numbers of virtual tokens, and the cache does not count its tokens: give all rows as many, or use_cache=False")
+    before, named = past.tokens - prompt.n if past.filled else 0, dict(named)
     if named.get(inputs.mask) is None:
-        named[inputs.mask] = torch.full((B, past + L), 0 if "padding" in inputs.mask else 1, device=x.device)
+        named[inputs.mask] = torch.full((B, before + L), 0 if marks_padding(inputs.mask) else 1, device=x.device)
     if inputs.positions is not None and named.get(inputs.positions) is None:
-        named[inputs.positions] = torch.arange(L, device=x.device)[None] + past
+        named[inputs.positions] = torch.arange(L, device=x.device)[None] + before
     return named
 
 
-def _after(prompt: Prompt, named: dict, seen: int, L: int) -> dict:
+def _after(prompt: Prompt, named: dict, past: Past, L: int) -> dict:
     """The arguments of a call whose virtual tokens are in the cache."""
     lengths = prompt.n if prompt.lengths is None else prompt.lengths[:, None]
     there = prompt.there
     out = dict(named)
     for name, t in named.items():
-        if isinstance(t, Tensor) and name == "cache_position":
+        if isinstance(t, Tensor) and name == CACHE_POSITIONS:
             out[name] = t + prompt.n
-        elif isinstance(t, Tensor) and _role(name) == "positions":
+        elif isinstance(t, Tensor) and token_role(name) == "positions":
             out[name] = t + lengths
-        elif isinstance(t, Tensor) and _role(name) == "mask":
+        elif isinstance(t, Tensor) and token_role(name) == "mask":
             if t.ndim != 2:
                 raise ValueError(_unfit(name, t, prompt.n) + (_STATIC if t.ndim == 4 else ""))
-            if isinstance(seen, int) and t.shape[1] + prompt.n != seen + L:
+            if past.tokens is not None and t.shape[1] + prompt.n != past.tokens + L:
                 raise ValueError(
-                    f"{name} has {t.shape[1]} entries for {L} new tokens and a cache of {seen}, {prompt.n} of them virtual: the cache was filled without "
-                    "these, or was cut back by generation that guesses ahead, which knows nothing of virtual tokens"
+                    f"{name} has {t.shape[1]} entries for {L} new tokens and a cache of {past.tokens}, {prompt.n} of them virtual: the cache was filled "
+                    "without these, or was cut back by generation that guesses ahead, which knows nothing of virtual tokens"
                 )
             out[name] = around_cache(t, t.new_ones(1, prompt.n) if there is None else there)
     return out
@@ -323,7 +320,7 @@ def _trimmed(out, slots: Slots, causal: bool, host: nn.Module, name: str = ""):
         return slots.take(out, causal) if out.ndim > 1 and tuple(out.shape[:2]) == (slots.B, slots.n + slots.L) else out
     if isinstance(out, Mapping):
         for k in out:
-            if isinstance(out[k], (Tensor, tuple, list)) and "past" not in k:
+            if isinstance(out[k], (Tensor, tuple, list)) and not is_cache(k, out[k]):
                 out[k] = _trimmed(out[k], slots, causal, host, k)
         if out.get("pooler_output") is not None and isinstance(getattr(host, "pooler", None), nn.Module):
             out["pooler_output"] = host.pooler(out["last_hidden_state"])  # it looked at a virtual token
@@ -331,10 +328,10 @@ def _trimmed(out, slots: Slots, causal: bool, host: nn.Module, name: str = ""):
     if type(out) in (tuple, list):
         return type(out)(_trimmed(t, slots, causal, host, name) for t in out)
     if outputs.is_named(out):
-        return out._replace(**{k: _trimmed(t, slots, causal, host, k) for k, t in out._asdict().items() if "past" not in k})
+        return out._replace(**{k: _trimmed(t, slots, causal, host, k) for k, t in out._asdict().items() if not is_cache(k, t)})
     if dataclasses.is_dataclass(out):
-        inside = {f.name: getattr(out, f.name) for f in dataclasses.fields(out) if f.init and "past" not in f.name}
-        return dataclasses.replace(out, **{k: _trimmed(t, slots, causal, host, k) for k, t in inside.items()})
+        inside = {f.name: getattr(out, f.name) for f in dataclasses.fields(out) if f.init}
+        return dataclasses.replace(out, **{k: _trimmed(t, slots, causal, host, k) for k, t in inside.items() if not is_cache(k, t)})
     return out
 
 
@@ -352,10 +349,10 @@ def embedding(site) -> nn.Embedding | None:
     return nn.Embedding(0, 0) if isinstance(site.host, nn.Embedding) else token_embedding(site.host)
 
 
-def _looks_at_an_encoder(host: nn.Module, inputs: Inputs) -> bool:
+def _looks_at_an_encoder(host: nn.Module, inputs: TokenArguments) -> bool:
     """Whether a stack has attention to an encoder's output; some name the argument and have none."""
     names = [path.rpartition(".")[2].lower() for path, m in walk(host) if attends(m)]
-    return "encoder_hidden_states" in inputs.order and any("cross" in name or "enc" in name for name in names)
+    return ENCODER_STATES in inputs.order and any("cross" in name or "enc" in name for name in names)
 
 
 @dataclass
@@ -366,7 +363,7 @@ class Surround:
     at: Place
     causal: bool
     keep: bool
-    inputs: Inputs | None
+    inputs: TokenArguments | None
     table: nn.Embedding
 
     @classmethod
@@ -382,14 +379,14 @@ class Surround:
             return cls(n, at, False, keep, None, host)
         if causal is None:
             causal = any(getattr(m, "is_causal", False) is True for _, m in walk(host))
-        inputs = Inputs.of(host)
+        inputs = _arguments(host)
         if keep and causal and not _looks_at_an_encoder(host, inputs):
             raise ValueError(
                 f"keep=True at {base.path!r}: an encoder's virtual tokens can stay, where its decoder looks at them; this is a causal stack without an "
                 "encoder, whose output must be as long as the caller's tokens: leave keep out"
             )
         keep = keep and not causal  # a decoder's own are seen by nobody above it
-        if n == 0 and "encoder_hidden_states" not in inputs.order:
+        if n == 0 and ENCODER_STATES not in inputs.order:
             raise ValueError(f"n=0 at {base.path!r}: only a decoder, which can see its encoder's virtual tokens, has none of its own")
         return cls(n, at, causal, keep, inputs, token_embedding(host))
 
@@ -400,7 +397,7 @@ class Surround:
     @staticmethod
     def beside(hosts: list[nn.Module]) -> list[nn.Module]:
         """Stacks that take ids alone are helped by their token embedding."""
-        return [token_embedding(h) for h in hosts if not isinstance(h, nn.Embedding) and Inputs.of(h).embeds is None]
+        return [token_embedding(h) for h in hosts if not isinstance(h, nn.Embedding) and _arguments(h).embeddings is None]
 
     @staticmethod
     def fits(site) -> bool:
@@ -434,8 +431,7 @@ class Surround:
         if not first.holds:
             return looked_up(base(*args, **kwargs))
         named = first.inputs.named(args, kwargs)
-        x = named.get(first.inputs.tokens)
-        x = x if x is not None else named[first.inputs.embeds]
+        x = first.inputs.given(named)
         kinds: dict[tuple, list] = {}
         for part in parts:
             kinds.setdefault((part[0].n, str(part[0].at), part[0].causal, part[0].keep), []).append(part)
@@ -446,7 +442,7 @@ class Surround:
             return first.with_rows(base, parts, x, named)
         if all(s.at == "start" and not s.keep for s, *_ in parts) and first.pads(base.site.host):
             return first.with_rows(base, parts, x, named, padded=True)
-        if any(s.keep for s, *_ in parts) or named.get("past_key_values") is not None or named.get("use_cache"):
+        if any(s.keep for s, *_ in parts) or find_cache(named) is not None or named.get("use_cache"):
             raise ValueError(
                 f"rows at {base.path!r} have different numbers of virtual tokens, kept or in a cache: that works at the start alone, with a mask, and where "
                 "the stack takes position ids or weighs distances alone. Give all rows as many, or use_cache=False (and keep=False)"

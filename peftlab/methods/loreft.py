@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import Base, Method, positive_int
+from ..model.arguments import named_arguments
 from ..parts import outputs, spots
 
 
@@ -79,7 +80,7 @@ class LoReFT(Method):
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        given = spots.named(base.site.host, args, kwargs)
+        given = named_arguments(base.site.host, args, kwargs)
         past = spots.past_tokens(base.site.host, given)  # now: the call itself fills the cache
         if past and all(m.common.where.get() is None for m, _ in parts):  # a decoding step, which edits nothing
             return base(*args, **kwargs)

@@ -6,13 +6,15 @@ The second cache is kept by the first, under a name, and follows whatever genera
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from .spots import CACHES, named
+from ..model.arguments import named_arguments
+from ..model.caches import find_cache, past_of
 
 TWINS = "peftlab_twins"  # name -> cache, in the attributes of the first one
 FOLLOWED = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
@@ -20,23 +22,30 @@ FOLLOWED = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_in
 
 def two_runs(call: Callable, host: nn.Module, args: tuple, kwargs: dict, name: str) -> tuple[Callable[[], None], Callable]:
     """The first and the second run of one call of `host`, each with a cache of its own where there is one; the second gives the output."""
-    given = named(host, args, kwargs)
-    key = next((k for k in CACHES if given.get(k) is not None), None)
-    other = None if key is None else given | {key: twin(given[key], name)}
+    given = named_arguments(host, args, kwargs)
+    found = find_cache(given)
+    other = None if found is None else given | {found[0]: twin(found[1], name)}
     made = []
 
     def first() -> None:
-        out = call(*args, **kwargs) if other is None else call(**other)
-        made.append(getattr(out, "past_key_values", None))
+        made.append(_made_cache(call(*args, **kwargs) if other is None else call(**other)))
 
     def second():
         out = call(*args, **kwargs)
-        cache = getattr(out, "past_key_values", None)
-        if key is None and cache is not None and not torch.compiler.is_compiling():  # the runs have made them
+        cache = _made_cache(out)
+        if found is None and cache is not None and not torch.compiler.is_compiling():  # the runs have made them
             pair(cache, made[0], name)
         return out
 
     return first, second
+
+
+def _made_cache(out: object) -> object | None:
+    """The cache in a model's output."""
+    if dataclasses.is_dataclass(out):
+        out = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+    found = find_cache(out) if isinstance(out, Mapping) else None
+    return None if found is None else found[1]
 
 
 def twin(cache: object, name: str) -> object:
@@ -45,18 +54,18 @@ def twin(cache: object, name: str) -> object:
     Raises:
         ValueError: for a cache of another kind, and one that was filled, or cut, without its twin.
     """
-    if getattr(cache, "get_seq_length", None) is None:
+    if not hasattr(cache, "__dict__"):
         raise ValueError(f"{name!r} runs the model twice, and a {type(cache).__name__} is no cache that can be copied for it: use_cache=False")
-    there, held = int(cache.get_seq_length()), vars(cache).get(TWINS, {}).get(name)
-    if held is None and not there:
+    there, held = past_of(cache), vars(cache).get(TWINS, {}).get(name)
+    if held is None and not there.filled:
         held = copy.deepcopy(cache)
         if vars(held).pop(TWINS, None) is not None:
             held.__class__ = type(cache).__base__
         pair(cache, held, name)
-    if held is None or int(held.get_seq_length()) != there:
-        seen = 0 if held is None else int(held.get_seq_length())
+    if held is None or past_of(held) != there:
+        seen = 0 if held is None else past_of(held).tokens
         raise ValueError(
-            f"{name!r} runs the model twice, and of the {there} tokens in the cache one run has seen {seen}: start with an empty one, or use_cache=False"
+            f"{name!r} runs the model twice, and of the {there.tokens} tokens in the cache one run has seen {seen}: start with an empty one, or use_cache=False"
         )
     return held
 

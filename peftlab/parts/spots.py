@@ -6,17 +6,12 @@ Legend: B rows of a batch, T tokens in this call, `past` tokens that a cache hol
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.arguments import past_in, shown_real_tokens
 from .recall import Recall
-
-REAL = ("attention_mask",)  # what arguments are called that show which tokens are real ...
-PADDING = ("src_key_padding_mask", "key_padding_mask")  # ... and which are not
-CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Spots(nn.Module):
@@ -27,30 +22,22 @@ class Spots(nn.Module):
         self.where = Recall()
 
 
-def named(host: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A call's arguments by name."""
-    return dict(zip(inspect.signature(host.forward).parameters, args, strict=False)) | kwargs
-
-
 def past_tokens(host: nn.Module, given: dict) -> int:
     """How many tokens the cache holds before this call of a block; zero without one."""
-    cache = next((given[k] for k in CACHES if given.get(k) is not None), None)
-    if cache is None:
-        return 0
-    length = getattr(cache, "get_seq_length", None)
-    if length is None:  # a plain tuple of keys and values
-        return cache[0].shape[-2]
     layer = next((i for m in host.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), 0)
-    return int(length(layer))
+    past = past_in(given, layer)
+    if past.tokens is None:
+        raise ValueError("the cache does not count its tokens, so which of them are meant cannot be told: use_cache=False")
+    return past.tokens
 
 
 def real_tokens(given: dict, h: Tensor) -> Tensor:
     """(B, T) bool: which tokens of the hidden state h (B, T, d) are no padding, as the block's arguments say; all, where they say nothing."""
     B, T = h.shape[:2]
-    shown = [(given[k], k in PADDING) for k in REAL + PADDING if isinstance(given.get(k), Tensor)]
-    if not shown:
+    shown = shown_real_tokens(given)
+    if shown is None:
         return torch.ones(B, T, dtype=torch.bool, device=h.device)
-    mask, padding = shown[0]
+    mask, padding = shown
     if padding:
         real = ~mask if mask.dtype == torch.bool else mask >= 0  # additive, where torch has made it canonical
     elif mask.ndim == 2:
