@@ -13,6 +13,7 @@ import sys
 import tokenize
 from pathlib import Path
 
+import public_surface
 import pytest
 
 import peftlab
@@ -314,6 +315,11 @@ def test_the_surface_is_complete():
     assert set(peftlab.__all__) <= set(dir(peftlab))
     with pytest.raises(AttributeError, match="Did you mean 'wrap'"):
         _ = peftlab.wrapp
+
+
+def test_the_surface_is_the_recorded_one():
+    """Names and signatures that users write: a change is meant, noted in CHANGELOG.md, and written by `python tests/public_surface.py`."""
+    assert public_surface.lines() == public_surface.SNAPSHOT.read_text().splitlines()
 
 
 @pytest.mark.parametrize("name", [n for n in SOURCES if not n.endswith("__init__.py")])

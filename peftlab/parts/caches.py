@@ -54,7 +54,7 @@ def twin(cache: object, name: str) -> object:
     Raises:
         ValueError: for a cache of another kind, and one that was filled, or cut, without its twin.
     """
-    if not hasattr(cache, "__dict__"):
+    if getattr(cache, "__dict__", None) is None:
         raise ValueError(f"{name!r} runs the model twice, and a {type(cache).__name__} is no cache that can be copied for it: use_cache=False")
     there, held = past_of(cache), vars(cache).get(TWINS, {}).get(name)
     if held is None and not there.filled:
