@@ -22,9 +22,9 @@ from _common import console, show
 from torch import Tensor, nn
 
 import peftlab
-from peftlab import layers
 from peftlab.cli.data import Row
 from peftlab.cli.tasks import Classify, default_folder
+from peftlab.model import layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import smollm

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import peftlab
-from peftlab.estimate import Estimate
+from peftlab.inspect.estimate import Estimate
 
 
 def gpt(dtype: torch.dtype = torch.float32, dropout: float = 0.0, tied: bool = True) -> tuple[nn.Module, object]:
@@ -40,9 +40,7 @@ def gpt(dtype: torch.dtype = torch.float32, dropout: float = 0.0, tied: bool = T
 def llama(checkpointing: bool = False) -> tuple[nn.Module, object]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=4000, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, use_cache=False
-    )
+    config = LlamaConfig(vocab_size=4000, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, use_cache=False)
     model = LlamaForCausalLM(config)
     if checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))

@@ -99,9 +99,7 @@ def main() -> None:
     print(f"dense:  {bytes_of(model) / 2**20:.1f} MiB, loss {levels['dense, before training']:.3f}, says: {says(model, tokenizer)}")
     foretold = peftlab.estimate(model, "lora", r=8, base="nf4").base_bytes
     peftlab.quantize(model, "nf4")
-    print(
-        f"nf4:    {bytes_of(model) / 2**20:.1f} MiB ({foretold / 2**20:.1f} foretold), loss {loss_of(model, batch).item():.3f}, says: {says(model, tokenizer)}"
-    )
+    print(f"nf4:    {bytes_of(model) / 2**20:.1f} MiB ({foretold / 2**20:.1f} foretold), loss {loss_of(model, batch).item():.3f}, says: {says(model, tokenizer)}")
     peftlab.wrap(model, "lora", r=8)
     peftlab.check(model, **batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=a.lr)

@@ -16,23 +16,24 @@ from typing import TYPE_CHECKING
 import torch  # noqa: F401 - the one import that costs
 
 if TYPE_CHECKING:
-    from .check import CheckError, check, watch
-    from .estimate import estimate
-    from .io import LoadError, load, save
-    from .method import Base, Method
-    from .networks import drop_network, prefix_from
-    from .patterns import PatternError
-    from .positions import positions
-    from .quant.api import dequantize, quantize
-    from .quant.compiled import compile_decoding
-    from .quant.load import load_quantized
-    from .quant.starts import wrap_quantized
-    from .registry import methods
-    from .report import report
-    from .route import route
-    from .schedule import param_groups, schedule
-    from .switch import activate, active, disabled, ema_update, merge, rescale, restore, snapshot, unmerge, unwrap, using, view
-    from .wrap import Plan, freeze, plan, train_only, unfreeze, wrap
+    from peftlab.formats.file import LoadError
+    from peftlab.formats.native import load, save
+    from peftlab.inspect.check import CheckError, check, watch
+    from peftlab.inspect.estimate import estimate
+    from peftlab.inspect.report import report
+    from peftlab.manage.positions import positions
+    from peftlab.manage.reparametrize import drop_network, prefix_from
+    from peftlab.manage.route import route
+    from peftlab.method import Base, Method
+    from peftlab.model.patterns import PatternError
+    from peftlab.quant.api import dequantize, quantize
+    from peftlab.quant.compiled import compile_decoding
+    from peftlab.quant.load import load_quantized
+    from peftlab.quant.starts import wrap_quantized
+    from peftlab.registry import methods
+    from peftlab.switch import activate, active, disabled, ema_update, merge, rescale, restore, snapshot, unmerge, unwrap, using, view
+    from peftlab.train.schedule import param_groups, schedule
+    from peftlab.wrap import Plan, freeze, plan, train_only, unfreeze, wrap
 
 __version__ = "0.1.0"
 
@@ -40,21 +41,21 @@ _WHERE = {
     **dict.fromkeys(("wrap", "plan", "freeze", "unfreeze", "train_only", "Plan"), "wrap"),
     **dict.fromkeys(("activate", "active", "using", "rescale", "disabled", "merge", "unmerge", "unwrap"), "switch"),
     **dict.fromkeys(("view", "snapshot", "restore", "ema_update"), "switch"),
-    **dict.fromkeys(("check", "CheckError", "watch"), "check"),
-    **dict.fromkeys(("save", "load", "LoadError"), "io"),
-    **dict.fromkeys(("schedule", "param_groups"), "schedule"),
+    **dict.fromkeys(("check", "CheckError", "watch"), "inspect.check"),
+    **dict.fromkeys(("save", "load", "LoadError"), "formats.native"),
+    **dict.fromkeys(("schedule", "param_groups"), "train.schedule"),
     **dict.fromkeys(("Method", "Base"), "method"),
-    **dict.fromkeys(("drop_network", "prefix_from"), "networks"),
-    "positions": "positions",
+    **dict.fromkeys(("drop_network", "prefix_from"), "manage.reparametrize"),
+    "positions": "manage.positions",
     **dict.fromkeys(("quantize", "dequantize"), "quant.api"),
     "load_quantized": "quant.load",
     "compile_decoding": "quant.compiled",
     "wrap_quantized": "quant.starts",
-    "report": "report",
-    "route": "route",
-    "estimate": "estimate",
+    "report": "inspect.report",
+    "route": "manage.route",
+    "estimate": "inspect.estimate",
     "methods": "registry",
-    "PatternError": "patterns",
+    "PatternError": "model.patterns",
 }
 
 __all__ = [
@@ -83,7 +84,7 @@ def __getattr__(name: str):
         return value
     if name.startswith("__"):
         raise AttributeError(name)
-    from .patterns import did_you_mean
+    from peftlab.model.patterns import did_you_mean
 
     raise AttributeError(f"module 'peftlab' has no attribute {name!r}.{did_you_mean(name, _WHERE)}")
 

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, handle_torch_function
 
-from . import layers
-from .host import original_class, walk
-from .parts.prefix import as_heads
+from peftlab.host import original_class, walk
+from peftlab.model import layers
+from peftlab.parts.prefix import as_heads
 
 if TYPE_CHECKING:
-    from .host import Site
-    from .method import Base
+    from peftlab.host import Site
+    from peftlab.method import Base
 
 Change = Callable[..., Tensor]
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import layers
-from .containers import hiding
-from .layers import Rule
-from .method import Base, Method
+from peftlab.method import Base, Method
+from peftlab.model import layers
+from peftlab.model.containers import hiding
+from peftlab.model.layers import Rule
 
 CHILD = "peftlab"  # the one child module that an adapted module gains
 STASH = "stash_"  # prefix of the buffers that keep a merged module's frozen bits

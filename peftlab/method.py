@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import layers
+from peftlab.model import layers
 
 if TYPE_CHECKING:
-    from .host import Recipe, Site
-    from .sites import Model
+    from peftlab.host import Recipe, Site
+    from peftlab.sites import Model
 
 
 class Method(nn.Module):

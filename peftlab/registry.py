@@ -10,8 +10,8 @@ import pkgutil
 import re
 from dataclasses import dataclass, field
 
-from .method import Method
-from .patterns import did_you_mean
+from peftlab.method import Method
+from peftlab.model.patterns import did_you_mean
 
 package = importlib.import_module(f"{__package__}.methods")  # not `from . import`: the package's public name `methods` is a function
 
@@ -36,9 +36,19 @@ class Entry:
 
 
 @functools.cache
+def families() -> dict[str, str]:
+    """The folder that each method's file lies in, by file name."""
+    found: dict[str, str] = {}
+    for folder in pkgutil.iter_modules(package.__path__):
+        if folder.ispkg:
+            inside = pkgutil.iter_modules([f"{path}/{folder.name}" for path in package.__path__])
+            found |= {m.name: folder.name for m in inside if not m.name.startswith("_")}
+    return found
+
+
 def names() -> tuple[str, ...]:
     """The methods, by file name, without aliases."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
+    return tuple(sorted(families()))
 
 
 def _sections(doc: str) -> dict[str, str]:
@@ -49,7 +59,7 @@ def _sections(doc: str) -> dict[str, str]:
 def _doc(name: str) -> str:
     # The docstring is read without importing the file, so that listing the registry stays cheap.
     for finder in package.__path__:
-        with open(f"{finder}/{name}.py", encoding="utf8") as f:
+        with open(f"{finder}/{families()[name]}/{name}.py", encoding="utf8") as f:
             return ast.get_docstring(ast.parse(f.read())) or ""
     raise FileNotFoundError(name)
 
@@ -80,9 +90,9 @@ def entries() -> dict[str, Entry]:
 
 def methods(family: str | None = None, aliases: bool = True) -> list[Entry]:
     """The registry as rows, filterable by family; aliases are names of the literature that are settings of another method."""
-    families = sorted({e.family for e in entries().values()} - {""})
-    if family is not None and family not in families:
-        raise ValueError(f"there is no family {family!r}.{did_you_mean(str(family), families)} There are: {', '.join(families)}.")
+    there = sorted({e.family for e in entries().values()} - {""})
+    if family is not None and family not in there:
+        raise ValueError(f"there is no family {family!r}.{did_you_mean(str(family), there)} There are: {', '.join(there)}.")
     return [e for _, e in sorted(entries().items()) if (family is None or e.family == family) and (aliases or not e.alias)]
 
 
@@ -99,7 +109,7 @@ def resolve(method: str | type[Method]) -> tuple[type[Method], dict, str]:
     entry = entries().get(method)
     if entry is None:
         raise ValueError(f"there is no method {method!r}.{did_you_mean(method, entries())}")
-    module = importlib.import_module(f"{package.__name__}.{entry.method}")
+    module = importlib.import_module(f"{package.__name__}.{families()[entry.method]}.{entry.method}")
     cls = next(c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and c.__module__ == module.__name__)
     return cls, dict(entry.hyper), entry.method
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import layers
-from .host import CHILD, Site, original_class, runs_whole, walk
-from .method import Method
-from .patterns import Matcher, PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
-from .registry import names as registered
-from .registry import resolve
-from .structure import PLACES, blocks, head
-from .sublayers import widths
+from peftlab.host import CHILD, Site, original_class, runs_whole, walk
+from peftlab.method import Method
+from peftlab.model import layers
+from peftlab.model.blocks import widths
+from peftlab.model.patterns import Matcher, PatternError, as_list, did_you_mean, matches, show, specificity, spells_last
+from peftlab.model.places import PLACES, blocks, head
+from peftlab.registry import names as registered
+from peftlab.registry import resolve
 
 
 @dataclass
@@ -448,8 +448,7 @@ def _explain(model: Model, cls, label: str, there: list[Site], problems: list, c
         if hits:
             kinds = sorted({type(s.host).__name__ for s in hits})
             lines.append(
-                f"{show(pattern)} only meets {', '.join(kinds)} ({hits[0].path!r} and so on), which {label} does not fit."
-                + _alternatives(model, [s.host for s in hits])
+                f"{show(pattern)} only meets {', '.join(kinds)} ({hits[0].path!r} and so on), which {label} does not fit." + _alternatives(model, [s.host for s in hits])
             )
             continue
         inside = [p for p, m in model.at.items() if p and matches(pattern, p, m)]
@@ -457,9 +456,7 @@ def _explain(model: Model, cls, label: str, there: list[Site], problems: list, c
             below = [n for n in fitting if n.startswith(inside[0] + ".")]
             cure = layers.computed(model.at[inside[0]])
             if cure:
-                lines.append(
-                    f"{show(pattern)} is a layer whose weight is computed from other parameters, which {label} does not fit; {cure} makes it a plain one."
-                )
+                lines.append(f"{show(pattern)} is a layer whose weight is computed from other parameters, which {label} does not fit; {cure} makes it a plain one.")
                 continue
             hint = f" Below it there are {len(below)} that {label} fits, such as {below[0]!r}: use a glob." if below else did_you_mean(str(pattern), fitting)
             lines.append(

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import layers
-from .host import SHARED, STASH, Shape, Stack, as_kind, bare, changes_bias, effective, frozen, paused_gc, refresh_alias_free, stacks, swap_out, walk
-from .method import finite
-from .patterns import did_you_mean
-from .registry import keywords
-from .sites import ensure_module, join, storage
-from .table import table
-from .wrap import LEDGER, Ledger, adapter_modules, ledgers, named, outside_disabled, survey, which
+from peftlab.host import SHARED, STASH, Shape, Stack, as_kind, bare, changes_bias, effective, frozen, paused_gc, refresh_alias_free, stacks, swap_out, walk
+from peftlab.method import finite
+from peftlab.model import layers
+from peftlab.model.patterns import did_you_mean
+from peftlab.registry import keywords
+from peftlab.sites import ensure_module, join, storage
+from peftlab.support.table import table
+from peftlab.wrap import LEDGER, Ledger, adapter_modules, ledgers, named, outside_disabled, survey, which
 
 # ---------------------------------------------------------------- switching
 
@@ -225,7 +225,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, *, keep: b
         hosts = [(path, host, {site.param for site, _ in pairs}, all(m.neutral for _, m in pairs)) for path, host, pairs in acting]
         if onto is None and not any(isinstance(host, layers.Quantised) for _, host, _, _ in hosts):
             return [None] * len(todo)
-        from .quant.merging import choose  # most models have no quantised layers
+        from peftlab.quant.merging import choose  # most models have no quantised layers
 
         return choose(onto, hosts)
 
@@ -337,14 +337,14 @@ def _held(host: nn.Module, stack: Stack, param: str, value: Tensor) -> dict[str,
     """The tensors that hold a merged value, by name: where a quantised base is merged onto itself, codes and scales."""
     if stack.onto is None:
         return {param: value}
-    from .quant.merging import stored
+    from peftlab.quant.merging import stored
 
     return stored(host, param, value, stack.onto)
 
 
 def _errors(host: nn.Module, stack: Stack, param: str, tensors: dict[str, Tensor], names: list[str]) -> tuple[float, float]:
     """How far what is stored is from the weight that acted before, relative to that weight and to the adapters' change."""
-    from .quant.merging import distances, value_of
+    from peftlab.quant.merging import distances, value_of
 
     with torch.no_grad():
         base = frozen(host, param)
@@ -355,7 +355,7 @@ def _unpack_merged(todo: list) -> None:
     """A layer that is dense for good has the class that it had before it was quantised."""
     for _, host, s, _ in todo:
         for param in [p for p in getattr(host, "peftlab_formats", ()) if not layers.holds_codes(host, p)]:
-            from .quant.linear import unpack
+            from peftlab.quant.linear import unpack
 
             unpack(host, param, None)
         s.onto = None
@@ -370,7 +370,7 @@ def _change(host: nn.Module, stack: Stack, param: str, tensors: dict[str, Tensor
     """The largest change of an entry; of codes, that which rounding alone would not have made."""
     value, before = tensors[param], layers.values(host, param).detach()
     if not value.is_floating_point():
-        from .quant.merging import value_of
+        from peftlab.quant.merging import value_of
 
         value, before = value_of(host, param, tensors), value_of(host, param, _held(host, stack, param, before))
     wide = torch.promote_types(value.dtype, torch.float32)

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _is_torch_function_mode_enabled, handle_torch_function
 
-from .attend import attends, passed_on
-from .host import original_class, walk
-from .model.arguments import CACHE_POSITIONS, ENCODER_MASK, ENCODER_STATES, TokenArguments, marks_padding, past_in, token_role
-from .model.caches import Past, declares_cache, find_cache, is_cache
-from .parts import outputs
-from .parts.prefix import together
-from .parts.slots import Place, Slots, around_cache
+from peftlab.attend import attends, passed_on
+from peftlab.host import original_class, walk
+from peftlab.model.arguments import CACHE_POSITIONS, ENCODER_MASK, ENCODER_STATES, TokenArguments, marks_padding, past_in, token_role
+from peftlab.model.caches import Past, declares_cache, find_cache, is_cache
+from peftlab.parts import outputs
+from peftlab.parts.prefix import together
+from peftlab.parts.slots import Place, Slots, around_cache
 
 if TYPE_CHECKING:
-    from .method import Base
-    from .sites import Model
+    from peftlab.method import Base
+    from peftlab.sites import Model
 
 IGNORED = -100  # the label that torch's cross entropy passes over
 

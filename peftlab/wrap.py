@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import host as hosts
-from .calibrate import KEEP_BUFFERS, calibrate, observable
-from .containers import CONTAINERS
-from .host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
-from .layers import NeedsWeight, contents, holds_codes, is_opaque_linear, outline
-from .method import Method
-from .patterns import PatternError, as_list, did_you_mean, show
-from .progress import Progress, check_progress, told
-from .registry import check_keywords, keywords, resolve
-from .sites import Model, beside, ensure_module, join, refuse_inference_tensors, resolve_ties, select, settings, under
-from .table import table
+from peftlab import host as hosts
+from peftlab.attach.calibrate import KEEP_BUFFERS, calibrate, observable
+from peftlab.host import CHILD, SHARED, Recipe, Shape, Site, Stack, as_kind, bare, fenced_rng, paused_gc, saved_tensors, stacks, walk
+from peftlab.method import Method
+from peftlab.model.containers import CONTAINERS
+from peftlab.model.layers import NeedsWeight, contents, holds_codes, is_opaque_linear, outline
+from peftlab.model.patterns import PatternError, as_list, did_you_mean, show
+from peftlab.registry import check_keywords, keywords, resolve
+from peftlab.sites import Model, beside, ensure_module, join, refuse_inference_tensors, resolve_ties, select, settings, under
+from peftlab.support.progress import Progress, check_progress, told
+from peftlab.support.table import table
 
 LEDGER = "_peftlab_ledger"
 
@@ -335,9 +335,7 @@ def plan_of(req: _Request) -> Plan:
                 counted[key] = _count(method, site, req.default_dtype(site))
             n, size = counted[key]
             shape = site.shape if site.kind == "tensor" else (site.n_out, site.n_in)
-            rows.append(
-                Row(site.path, hosts.original_class(site.host).__name__, shape, n, size, {**defaults, **recipe.hyper}, "read" if site.read_only else "call")
-            )
+            rows.append(Row(site.path, hosts.original_class(site.host).__name__, shape, n, size, {**defaults, **recipe.hyper}, "read" if site.read_only else "call"))
     shared = sum(b.numel() * b.element_size() for b in saved_tensors(recipes[0].common).values()) if recipes[0].common else 0
     extra = sum(p.numel() for p in hosts.trainable_parameters(recipes[0].common)) if recipes[0].common else 0
     given = tuple(sorted({k for h in req.hypers for k in h}))

@@ -303,9 +303,7 @@ def test_product_is_the_dense_one(kind, dtype, rows):
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    n_out=st.integers(1, 70), blocks=st.integers(1, 9), rows=st.integers(1, 16), kind=st.sampled_from(KINDS), cut=st.integers(0, 31), transposed=st.booleans()
-)
+@given(n_out=st.integers(1, 70), blocks=st.integers(1, 9), rows=st.integers(1, 16), kind=st.sampled_from(KINDS), cut=st.integers(0, 31), transposed=st.booleans())
 def test_product_of_any_size(n_out, blocks, rows, kind, cut, transposed):
     n_in = 32 * blocks - (cut if kind == "int8" else 0)
     p = quantised(randn(n_out, n_in), kind, 32)

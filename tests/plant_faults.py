@@ -43,13 +43,13 @@ class Fault:
 FAULTS = [
     # ---- in a method
     Fault(
-        "scale forgotten in LoRA's fast path", "methods/lora.py",
+        "scale forgotten in LoRA's fast path", "methods/low_rank/lora.py",
         "base.plus(x, B, self.s * base.apply(A, z))",
         "base.plus(x, B, base.apply(A, z))",
     ),
-    Fault("scale twice in LoRA's definition", "methods/lora.py", "return W + self.s * B @ A", "return W + self.s**2 * B @ A"),
-    Fault("gradient cut: B detached in the fast path", "methods/lora.py", "base.plus(x, B, self.s", "base.plus(x, B.detach() + 0 * B, self.s"),
-    Fault("x rebound: the frozen path gets the dropped input", "methods/lora.py", "y = base.plus(x, B,", "y = base.plus(z, B,"),
+    Fault("scale twice in LoRA's definition", "methods/low_rank/lora.py", "return W + self.s * B @ A", "return W + self.s**2 * B @ A"),
+    Fault("gradient cut: B detached in the fast path", "methods/low_rank/lora.py", "base.plus(x, B, self.s", "base.plus(x, B.detach() + 0 * B, self.s"),
+    Fault("x rebound: the frozen path gets the dropped input", "methods/low_rank/lora.py", "y = base.plus(x, B,", "y = base.plus(z, B,"),
     Fault(
         "DoRA's norm along the wrong axis", "parts/lowrank.py",
         "torch.linalg.vector_norm(W, dim=1).square()",
@@ -57,18 +57,18 @@ FAULTS = [
         "dora-linear",
     ),
     Fault(
-        "DoRA's norm kept from an earlier step", "methods/dora.py",
+        "DoRA's norm kept from an earlier step", "methods/low_rank/dora.py",
         "norm = lowrank.row_norms(W, self.A, self.B, self.s)",
         "norm = self.__dict__.setdefault('norm', lowrank.row_norms(W, self.A, self.B, self.s))",
     ),
-    Fault("IA3 forgets the bias in its definition", "methods/ia3.py", "return self.l * b if", "return b if"),
+    Fault("IA3 forgets the bias in its definition", "methods/scaling/ia3.py", "return self.l * b if", "return b if"),
     Fault(
-        "OFT rotates the wrong way in its fast path", "methods/oft.py",
+        "OFT rotates the wrong way in its fast path", "methods/orthogonal/oft.py",
         "base(rotate_blocks(x, self.rotation()))",
         "base(rotate_blocks(x, self.rotation().mT))",
     ),
     Fault(
-        "VeRA's projections drawn from the global generator", "methods/vera.py",
+        "VeRA's projections drawn from the global generator", "methods/shared/vera.py",
         'generator=torch.Generator("cpu").manual_seed(seed), ',
         "",
         "vera-linear or another_process",
@@ -80,19 +80,19 @@ FAULTS = [
         "fourierft-linear or another_process",
     ),
     Fault(
-        "Full forgets what lies below it", "methods/full.py",
+        "Full forgets what lies below it", "methods/selective/full.py",
         "C if W is origin else C + (W - origin)",
         "C",
         "full-linear or lora-full-linear or ia3-full-linear",
     ),
     Fault(
-        "a vector that never trains", "methods/vera.py",
+        "a vector that never trains", "methods/shared/vera.py",
         "self.b = nn.Parameter(torch.zeros(base.n_out))",
         "self.b = nn.Parameter(torch.zeros(base.n_out))\n        self.unused = nn.Parameter(torch.zeros(base.n_out))",
     ),
     # ---- in what layer types say
     Fault(
-        "stride lost in a convolution's low-rank product", "layers.py",
+        "stride lost in a convolution's low-rank product", "model/layers.py",
         "return self.affine(m, M.repeat(m.groups, 1) if m.groups > 1 else M, None, x)",
         "from unittest import mock\n        with mock.patch.object(m, 'stride', (1,) * len(m.stride)):\n            "
         "return self.affine(m, M.repeat(m.groups, 1) "
@@ -100,25 +100,25 @@ FAULTS = [
         "lora-conv2d_groups",
     ),
     Fault(
-        "groups ignored in the canonical matrix", "layers.py",
+        "groups ignored in the canonical matrix", "model/layers.py",
         "W = raw.reshape(g, raw.shape[0] // g, raw.shape[1], k)\n        return W.transpose(1, 2)",
         "W = raw.reshape(raw.shape[0] // g, g, raw.shape[1], k).transpose(0, 1)\n        return W.transpose(1, 2)",
         "lora-conv_transpose2d",
     ),
     Fault(
-        "a transposed delta on transposed convolutions", "layers.py",
+        "a transposed delta on transposed convolutions", "model/layers.py",
         "out = W.reshape(g, rows, before.shape[0] // g, k).transpose(1, 2)",
         "out = W.reshape(g, before.shape[0] // g, rows, k)",
         "lora-conv_transpose2d",
     ),
     Fault(
-        "the padding row trains", "layers.py",
+        "the padding row trains", "model/layers.py",
         "pad = m.padding_idx if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) else None",
         "pad = None",
         "full-embedding_padding or lora-embedding_padding",
     ),
     Fault(
-        "the padding row of the output is not put back", "layers.py",
+        "the padding row of the output is not put back", "model/layers.py",
         "return torch.where((x == m.padding_idx)[..., None], row.to(y.dtype), y)",
         "return y",
         "lora-embedding_padding",
@@ -231,25 +231,25 @@ FAULTS = [
     ),
     # ---- in files
     Fault(
-        "keys chosen by substring on save", "io/native.py",
+        "keys chosen by substring on save", "formats/native.py",
         "for k, t in saved_tensors(method).items():\n",
         "for k, t in ((k, t) for k, t in saved_tensors(method).items() if not any(c in prefix + k for c in ('weight', 'bias'))):\n",
         "lora-linear or keys_come_from_structure",
     ),
     Fault(
-        "fingerprint skipped", "io/native.py",
+        "fingerprint skipped", "formats/native.py",
         '        if wrong:\n            raise LoadError(f"this is not the base',
         '        if False:\n            raise LoadError(f"this is not the base',
     ),
-    Fault("checksums skipped", "io/file.py", "or checksum(t) != crc", ""),
-    Fault("the header's checksum skipped", "io/file.py", "if meta.get(CRC) != ", "if False and meta.get(CRC) != "),
+    Fault("checksums skipped", "formats/file.py", "or checksum(t) != crc", ""),
+    Fault("the header's checksum skipped", "formats/file.py", "if meta.get(CRC) != ", "if False and meta.get(CRC) != "),
     Fault(
-        "loaded into half precision", "io/native.py",
+        "loaded into half precision", "formats/native.py",
         "dtype if dtype and value.is_floating_point() else value.dtype",
         "dtype if dtype and value.is_floating_point() else torch.float32 if value.is_floating_point() else value.dtype",
     ),
     # ---- in counts
-    Fault("a wrong formula in a docstring", "methods/lokr.py", "Trains: size(", "Trains: 1 + size("),
+    Fault("a wrong formula in a docstring", "methods/structured/lokr.py", "Trains: size(", "Trains: 1 + size("),
     Fault(
         "plan forgets what sites share", "wrap.py",
         "sum(r.trainable for r in rows) + extra",
@@ -258,19 +258,19 @@ FAULTS = [
     ),
     # ---- in methods on activations
     Fault(
-        "an adapter's residual is dropped", "methods/houlsby.py",
+        "an adapter's residual is dropped", "methods/bottleneck/houlsby.py",
         "return h + bottleneck.branch(self, h, self.s, self.f, self.path)",
         "return bottleneck.branch(self, h, self.s, self.f, self.path)",
         "are_their_formula", "test_activations.py",
     ),
     Fault(
-        "Pfeiffer's residual is taken behind the norm", "methods/pfeiffer.py",
+        "Pfeiffer's residual is taken behind the norm", "methods/bottleneck/pfeiffer.py",
         "u, self.change(outputs.hidden(out), u))",
         "u, self.change(outputs.hidden(out), outputs.hidden(out)))",
         "are_their_formula", "test_activations.py",
     ),
     Fault(
-        "Pfeiffer's second normalisation is forgotten", "methods/pfeiffer.py",
+        "Pfeiffer's second normalisation is forgotten", "methods/bottleneck/pfeiffer.py",
         "        args, kwargs = outputs.swapped(args, kwargs, u, self.change(outputs.hidden(out), u))\n        return base(*args, **kwargs)",
         "        return outputs.replaced(out, self.change(outputs.hidden(out), u))",
         "are_their_formula", "test_activations.py",
@@ -282,27 +282,27 @@ FAULTS = [
         "ACTIVATIONS[activation](F.linear(F.linear(x, D, c), E, e))",
         "are_their_formula", "test_activations.py",
     ),
-    Fault("a parallel adapter reads the residual beside it", "methods/parallel.py", "x = x[base.adds]", "x = x[0]", "parallel", "test_activations.py"),
+    Fault("a parallel adapter reads the residual beside it", "methods/bottleneck/parallel.py", "x = x[base.adds]", "x = x[0]", "parallel", "test_activations.py"),
     Fault(
-        "LoReFT's rows are not orthonormal", "methods/loreft.py",
+        "LoReFT's rows are not orthonormal", "methods/hidden/loreft.py",
         "return torch.linalg.qr(self.V.mT.to(torch.promote_types(self.V.dtype, torch.float32))).Q.mT",
         "return self.V.to(torch.promote_types(self.V.dtype, torch.float32))",
         "orthonormal or loreft_is_its_formula", "test_activations.py",
     ),
     Fault(
-        "LoReFT edits one token more", "parts/spots.py",
+        "LoReFT edits one token more", "core/token_positions.py",
         "head = real & (order <= first)",
         "head = real & (order <= first + 1)",
         "loreft", "test_activations.py",
     ),
     Fault(
-        "LoReFT counts padding on the left", "parts/spots.py",
+        "LoReFT counts padding on the left", "core/token_positions.py",
         "return real[:, :T].expand(B, T)",
         "return torch.ones_like(real[:, :T].expand(B, T))",
         "loreft", "test_activations.py",
     ),
     Fault(
-        "LoReFT edits every decoded token", "methods/loreft.py",
+        "LoReFT edits every decoded token", "methods/hidden/loreft.py",
         "real if past == 0 else torch.zeros_like(real)",
         "real",
         "test_generation and loreft", "test_generation.py",
@@ -322,25 +322,25 @@ FAULTS = [
     ),
     Fault("causality is lost beside a prefix", "parts/prefix.py", "device=q.device).tril()", "device=q.device)", "attention_call", "test_attention_methods.py"),
     Fault(
-        "the prefix is given twice", "methods/prefix_tuning.py",
+        "the prefix is given twice", "methods/attention/prefix_tuning.py",
         "functools.partial(prefix.in_front, K=K, V=V, path=base.path)",
         "functools.partial(prefix.in_front, K=torch.cat([K, K]), V=torch.cat([V, V]), path=base.path)",
         "filled_cache or on_torchs_attention", "test_attention_methods.py",
     ),
     Fault(
-        "positions are not moved by the prefix", "methods/prefix_tuning.py",
+        "positions are not moved by the prefix", "methods/attention/prefix_tuning.py",
         "return shifted(base, self.n, args, kwargs)",
         "return shifted(base, 0, args, kwargs)",
         "filled_cache", "test_attention_methods.py",
     ),
     Fault(
-        "the gate does not start at zero", "methods/llama_adapter.py",
+        "the gate does not start at zero", "methods/attention/llama_adapter.py",
         "self.a = nn.Parameter(torch.zeros(1))",
         "self.a = nn.Parameter(torch.ones(1))",
         "[llama_adapter-attention_call",
     ),
     Fault(
-        "the gate goes without its tanh", "methods/llama_adapter.py",
+        "the gate goes without its tanh", "methods/attention/llama_adapter.py",
         "return torch.tanh(self.a) if self.tanh else self.a",
         "return self.a",
         "gate_is_squashed", "test_attention_methods.py",
@@ -377,22 +377,22 @@ FAULTS = [
         "torch.where(places >= 0, first[:, None] + places + 1,",
         "slots_are", "test_prompts.py",
     ),
-    Fault("P-tuning's network is left out", "methods/p_tuning.py", "else self.f(self.P)", "else self.P", "network_is_the_papers", "test_prompts.py"),
+    Fault("P-tuning's network is left out", "methods/prompt/p_tuning.py", "else self.f(self.P)", "else self.P", "network_is_the_papers", "test_prompts.py"),
     Fault(
-        "virtual patches in front of the class token", "methods/vpt.py",
+        "virtual patches in front of the class token", "methods/prompt/vpt.py",
         "slots.among(old, P, self.at, d) if self.enters",
         "slots.among(old, P, 0, d) if self.enters",
         "vpt_is_manual", "test_prompts.py",
     ),
     # ---- in routing
     Fault(
-        "rows come back in the order of their groups", "route.py",
+        "rows come back in the order of their groups", "manage/route.py",
         "return whole.index_select(dim, _index(sorted(range(len(order)), key=order.__getitem__), whole))",
         "return whole",
         "law_13 and [lora-linear",
     ),
     Fault(
-        "every row gets the first group's adapters", "route.py",
+        "every row gets the first group's adapters", "manage/route.py",
         "Links((below, *links.weights), ()) if links.weights",
         "Links((below, *parts[0][0].weights), ()) if links.weights",
         "promise_38 or methods_mix", "test_route.py",
@@ -411,7 +411,7 @@ FAULTS = [
         "mola_is_its_formula", "test_mixtures.py",
     ),
     Fault(
-        "the load-balancing loss is zero", "methods/mola.py",
+        "the load-balancing loss is zero", "methods/mixture/mola.py",
         "return self.balance * (loss +",
         "return 0 * (loss +",
         "penalty or balances", "test_mixtures.py",
@@ -430,30 +430,30 @@ FAULTS = [
         "xlora_is_its_formula", "test_mixtures.py",
     ),
     # ---- in the caches of a model that runs twice
-    Fault("beams do not reorder X-LoRA's second cache", "parts/caches.py", '"reorder_cache", ', "", "test_generation and xlora", "test_mixtures.py"),
+    Fault("beams do not reorder X-LoRA's second cache", "core/paired_caches.py", '"reorder_cache", ', "", "test_generation and xlora", "test_mixtures.py"),
     Fault(
-        "both runs of X-LoRA fill one cache", "parts/caches.py",
+        "both runs of X-LoRA fill one cache", "core/paired_caches.py",
         "{key: twin(given[key], name)}",
         "{key: given[key]}",
         "test_generation and xlora", "test_mixtures.py",
     ),
-    Fault("X-LoRA's second cache is not cut back", "parts/caches.py", '"crop", ', "", "in_step", "test_generation.py"),
-    Fault("X-LoRA's second cache does not take its rows twice", "parts/caches.py", '"batch_repeat_interleave", ', "", "whose_rows_change", "test_mixtures.py"),
-    Fault("X-LoRA's second cache keeps rows that are gone", "parts/caches.py", '"batch_select_indices", ', "", "whose_rows_change", "test_mixtures.py"),
-    Fault("X-LoRA's second cache is not emptied", "parts/caches.py", ', "reset")', ")", "whose_rows_change", "test_mixtures.py"),
+    Fault("X-LoRA's second cache is not cut back", "core/paired_caches.py", '"crop", ', "", "in_step", "test_generation.py"),
+    Fault("X-LoRA's second cache does not take its rows twice", "core/paired_caches.py", '"batch_repeat_interleave", ', "", "whose_rows_change", "test_mixtures.py"),
+    Fault("X-LoRA's second cache keeps rows that are gone", "core/paired_caches.py", '"batch_select_indices", ', "", "whose_rows_change", "test_mixtures.py"),
+    Fault("X-LoRA's second cache is not emptied", "core/paired_caches.py", ', "reset")', ")", "whose_rows_change", "test_mixtures.py"),
     Fault(
-        "X-LoRA takes a cache that other adapters have filled", "parts/caches.py",
+        "X-LoRA takes a cache that other adapters have filled", "core/paired_caches.py",
         "if held is None and not there:",
         "if held is None:",
         "in_step", "test_generation.py",
     ),
     Fault(
-        "the caches that X-LoRA's runs have made do not find each other", "parts/caches.py",
+        "the caches that X-LoRA's runs have made do not find each other", "core/paired_caches.py",
         "            pair(cache, made[0], name)\n        return out",
         "            pass\n        return out",
         "in_step", "test_generation.py",
     ),
-    Fault("two X-LoRAs share a second cache", "parts/caches.py", "twin(given[key], name)", 'twin(given[key], "")', "two_mixtures", "test_generation.py"),
+    Fault("two X-LoRAs share a second cache", "core/paired_caches.py", "twin(given[key], name)", 'twin(given[key], "")', "two_mixtures", "test_generation.py"),
     # ---- in packed weights
     Fault(
         "the scale of the block before", "quant/codes.py",

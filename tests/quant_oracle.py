@@ -47,10 +47,7 @@ def decoded(m: nn.Module, param: str) -> Tensor:
     state = {k: t for k, t in m.state_dict().items() if not k.startswith("peftlab")}
     dtype = m.peftlab_formats[param].out
     if "SCB" in state:
-        W = [
-            [np.float32(np.float32(c) * np.float32(s)) * np.float32(1 / 127) for c in row]
-            for row, s in zip(state[param].tolist(), state["SCB"].tolist(), strict=True)
-        ]
+        W = [[np.float32(np.float32(c) * np.float32(s)) * np.float32(1 / 127) for c in row] for row, s in zip(state[param].tolist(), state["SCB"].tolist(), strict=True)]
         return turned(m, torch.tensor(np.array(W, dtype=np.float32))).to(dtype)
     key = next(k for k in state if k.startswith(f"{param}.quant_state."))
     facts = json.loads(bytes(state[key].tolist()))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
+from peftlab.model.places import PLACES
 from peftlab.sites import Model
-from peftlab.structure import PLACES
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,9 +38,7 @@ def config(kind: str, **more):
         "llama": lambda: transformers.LlamaConfig(**size, **words),
         "qwen": lambda: transformers.Qwen2Config(**size, **words),
         "gemma": lambda: transformers.Gemma2Config(**size, **words, head_dim=4),
-        "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=None
-        ),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=None),
         "bert": lambda: transformers.BertConfig(**size, max_position_embeddings=64),
         "t5": lambda: transformers.T5Config(
             vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=None

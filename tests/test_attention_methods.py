@@ -488,9 +488,7 @@ def test_checkpointed_calls_of_ones_own():
 # ---------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize(
-    ("method", "hyper", "lr"), [("prefix_tuning", dict(n=8, dim=16), 0.02), ("p_tuning_v2", dict(n=8), 0.1), ("llama_adapter", dict(n=8), 0.1)]
-)
+@pytest.mark.parametrize(("method", "hyper", "lr"), [("prefix_tuning", dict(n=8, dim=16), 0.02), ("p_tuning_v2", dict(n=8), 0.1), ("llama_adapter", dict(n=8), 0.1)])
 def test_learns_in_a_stated_number_of_steps(method, hyper, lr):
     """150 steps bring the loss of naming one of two classes by the last token below 0.02 of where it began (promise 60)."""
     model = hf("llama")

@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peftlab
-from peftlab import LoadError
+from peftlab.formats import file
+from peftlab.formats.file import LoadError
 from peftlab.host import Stack
-from peftlab.io import file
 from peftlab.registry import keywords, resolve
 
 # ---------------------------------------------------------------- what "unchanged" means
@@ -1163,7 +1163,7 @@ KILLER = """
                 p.fill_(value)
 
     def values():
-        header, tensors = peftlab.io.file.read(path)  # raises if a single bit is wrong
+        header, tensors = peftlab.formats.file.read(path)  # raises if a single bit is wrong
         found = {v for t in tensors.values() for v in t.unique().tolist()}
         assert len(found) == 1 and len(tensors) == len(own), found
         return found.pop()

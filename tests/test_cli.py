@@ -15,9 +15,8 @@ import torch
 
 import peftlab
 from peftlab import registry
-from peftlab.io import read_header
-from peftlab.io.file import read
-from peftlab.io.stream import merge_files
+from peftlab.formats.file import read, read_header
+from peftlab.formats.merge_files import merge_files
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -41,9 +40,7 @@ def zoo(tmp_path_factory):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     torch.manual_seed(0)
-    bert = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32
-    )
+    bert = transformers.BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32)
     llama = transformers.LlamaConfig(
         vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
         max_position_embeddings=32, bos_token_id=2, eos_token_id=3, pad_token_id=0,

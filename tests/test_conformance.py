@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlab
 from peftlab import registry
-from peftlab.layers import Quantised
+from peftlab.model.layers import Quantised
 
 METHODS = methods()
 TIGHT = dict(rtol=1e-10, atol=1e-10)
@@ -124,9 +124,7 @@ def law_of_smooth_layers(test):
 
 
 def wrap(model: nn.Module, method: str, case: str, dtype: torch.dtype | None = torch.float64, **more) -> nn.Module:
-    base = next(
-        dense(m, k).dtype for m in model.modules() for k, p in m._parameters.items() if p is not None and (p.is_floating_point() or isinstance(m, Quantised))
-    )
+    base = next(dense(m, k).dtype for m in model.modules() for k, p in m._parameters.items() if p is not None and (p.is_floating_point() or isinstance(m, Quantised)))
     return peftlab.wrap(model, method, **keywords(method, case), **data(case, base), dtype=dtype, **more)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftlab
-from peftlab.io.stream import merge_files
+from peftlab.formats.merge_files import merge_files
 from peftlab.wrap import _positions
 
 ROWS = {"0": {"q": [0, 3, 6], "k": [1, 4, 7], "v": [2, 5, 8, 9, 10, 11]}}

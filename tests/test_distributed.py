@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.io.file import read
+from peftlab.formats.file import read
 from peftlab.registry import keywords, resolve
 
 # torch 2.6 calls record_event on CPU streams, which they do not have: FSDP2 runs on gloo from 2.7 on.
@@ -214,7 +214,8 @@ def case_same_bytes(rank, tmp):
     peftlab.wrap(model, "full", targets="head.*", name="head")
     if rank == 0:
         # this process writes alone here: the bare file of a model in one process
-        from peftlab.io.native import describe, write
+        from peftlab.formats.file import write
+        from peftlab.formats.native import describe
 
         header, tensors, _ = describe(model, ["default", "shared", "head"], [])
         write(tmp / "bare.safetensors", tensors, header)
@@ -272,7 +273,8 @@ def case_fsdp2(rank, tmp, *methods):
         alone = copy.deepcopy(model)
         path = tmp / f"{method}.safetensors"
         if rank == 0:
-            from peftlab.io.native import describe, write
+            from peftlab.formats.file import write
+            from peftlab.formats.native import describe
 
             header, tensors, _ = describe(alone, ["default", "head"], [])
             write(tmp / f"{method}-bare.safetensors", tensors, header)

@@ -11,7 +11,7 @@ from cases import OwnForward, conv1d_hf
 from torch import nn
 
 import peftlab
-from peftlab.estimate import OPTIMIZERS
+from peftlab.inspect.estimate import OPTIMIZERS
 from peftlab.quant.codes import outline
 
 
@@ -445,7 +445,7 @@ def test_bad_methods():
 
 def test_promise_34_cost_grows_with_the_distinct_shapes_and_not_with_the_sites(monkeypatch):
     """The reason why ten thousand modules take less than a second: every distinct layer is built once."""
-    from peftlab.methods.lora import LoRA
+    from peftlab.methods.low_rank.lora import LoRA
 
     built = []
     start = LoRA.__init__

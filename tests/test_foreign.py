@@ -15,7 +15,7 @@ from cases import row_of
 from torch import nn
 
 import peftlab
-from peftlab import layers
+from peftlab.model import layers
 
 SIZE = 64
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftlab
-from peftlab import layers
+from peftlab.model import layers
 
 TIGHT = dict(rtol=1e-11, atol=1e-11)
 MATRIX_METHODS = [m for m in methods() if fits(m, "experts_eio") and fits(m, "fused")]

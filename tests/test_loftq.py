@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftlab
-from peftlab import LoadError, layers
+from peftlab.formats.file import LoadError
+from peftlab.model import layers
 from peftlab.quant.api import packed_weights
 
 KINDS = ("nf4", "fp4", "int8")

@@ -195,9 +195,7 @@ def test_it_merges_where_the_gates_are_the_same_for_every_token():
 def test_else_it_refuses_to_merge_with_the_reason(hyper):
     _, model, m = one(r=2, **hyper)
     y = model(X)
-    with pytest.raises(
-        ValueError, match=rf"'default' changes the call, not the weight: every token is routed by itself, to {m.k} of {m.experts} experts, and cannot"
-    ):
+    with pytest.raises(ValueError, match=rf"'default' changes the call, not the weight: every token is routed by itself, to {m.k} of {m.experts} experts, and cannot"):
         peftlab.merge(model)
     peftlab.wrap(model, "lora", targets="layer", name="beside", r=2)
     perturb(model)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peftlab
-from peftlab import PatternError
+from peftlab.model.patterns import PatternError
 
 DIM, VOCAB, LAYERS = 4, 10, 4
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import peftlab
-from peftlab.io.stream import merge_files
-from peftlab.progress import check_progress, told
-from peftlab.quant import packed_weights
+from peftlab.formats.merge_files import merge_files
+from peftlab.quant.api import packed_weights
+from peftlab.support.progress import check_progress, told
 
 
 def mlp():
@@ -133,7 +133,7 @@ def test_anything_else_is_refused(name, bad, folder):
 def test_without_tqdm_the_error_says_how_to_get_it(name, folder, monkeypatch):
     call = calls(folder)[name][0]
     find = importlib.util.find_spec
-    monkeypatch.setattr("peftlab.progress.find_spec", lambda module, *more: None if module == "tqdm" else find(module, *more))
+    monkeypatch.setattr("peftlab.support.progress.find_spec", lambda module, *more: None if module == "tqdm" else find(module, *more))
     with pytest.raises(ImportError, match="pip install tqdm"):
         call(True)
     call(lambda *step: None)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.io.file import read, write
+from peftlab.formats.file import read, write
 from peftlab.registry import keywords, resolve
 
 METHODS = [e.name for e in peftlab.methods(aliases=False) if e.name in anywhere()]

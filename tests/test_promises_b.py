@@ -32,8 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab import LoadError
-from peftlab.io.file import read, read_header
+from peftlab.formats.file import LoadError, read, read_header
 from peftlab.registry import keywords, resolve
 
 METHODS = [e.name for e in peftlab.methods(aliases=False) if e.name in anywhere()]
@@ -1244,7 +1243,7 @@ def test_promise_48_a_deleted_adapter_is_freed_at_once():
 
 def rewritten(path, new, change):
     """The file as another version would have written it."""
-    from peftlab.io import file
+    from peftlab.formats import file
 
     header, tensors = file.read(path)
     change(header)

@@ -20,7 +20,8 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import peftlab
-from peftlab import layers
+from peftlab.model import layers
+from peftlab.quant import books
 from peftlab.quant import codes as C
 from peftlab.quant.api import packed_weights
 from peftlab.quant.ops import multiply
@@ -66,8 +67,8 @@ def small(monkeypatch, tile):
 
 
 def test_the_values_of_nf4_are_the_papers_quantiles():
-    torch.testing.assert_close(C.BOOKS["nf4"], torch.tensor(oracle.nf4_values()), rtol=0, atol=1e-6)
-    assert C.BOOKS["fp4"].tolist() == torch.tensor(oracle.fp4_values()).tolist()
+    torch.testing.assert_close(books.BOOKS["nf4"], torch.tensor(oracle.nf4_values()), rtol=0, atol=1e-6)
+    assert books.BOOKS["fp4"].tolist() == torch.tensor(oracle.fp4_values()).tolist()
 
 
 @pytest.mark.parametrize("kind", FOUR)
@@ -75,7 +76,7 @@ def test_the_values_of_nf4_are_the_papers_quantiles():
 def test_every_entry_has_the_nearest_value_of_its_block(kind, double):
     W, b = randn(7, 31, seed=3), 64
     p = C.quantise(W, kind, b, double)
-    values, flat = C.BOOKS[kind].tolist(), W.flatten().tolist()
+    values, flat = books.BOOKS[kind].tolist(), W.flatten().tolist()
     got = [c for byte in p.codes.flatten().tolist() for c in (byte >> 4, byte & 15)]
     for block in oracle.blocks(W.numel(), b):
         absmax = max(abs(flat[i]) for i in block)
@@ -96,14 +97,14 @@ def test_double_quantisation_is_near_and_smaller():
 
 
 def subjects(kind, b):
-    borders = torch.tensor(C.borders(kind))
+    borders = torch.tensor(books.borders(kind))
     rows = []
     for a in (torch.rand(12, generator=gen(5)) * 3).tolist():  # every border of a block, and the floats on both sides of it
         c = borders * a
         rows.append(F.pad(torch.cat([c, torch.nextafter(c, torch.tensor(9.0)), torch.nextafter(c, torch.tensor(-9.0)), torch.tensor([a])]), (0, -46 % b)))
     return {
         "odd": 0.02 * randn(37, 111), "even": randn(64, 4096), "zeros": torch.zeros(64, 128), "odd zeros": torch.zeros(5, 7), "borders": torch.cat(rows),
-        "one": randn(1), "on the book": C.BOOKS[kind].repeat(9).view(-1, 3), "denormal": 1e-39 * randn(3, 5, 7),
+        "one": randn(1), "on the book": books.BOOKS[kind].repeat(9).view(-1, 3), "denormal": 1e-39 * randn(3, 5, 7),
         "large": 1e4 * randn(130), "cube": randn(3, 8, 20),
     }  # fmt: skip
 
@@ -137,8 +138,8 @@ def test_int8_rows_as_bitsandbytes():
 
 def test_the_code_books_are_those_of_bitsandbytes():
     B = pytest.importorskip("bitsandbytes").functional
-    assert all(torch.equal(C.BOOKS[k], B.get_4bit_type(k, "cpu")) for k in FOUR)
-    assert torch.equal(C.DYNAMIC, B.create_dynamic_map())
+    assert all(torch.equal(books.BOOKS[k], B.get_4bit_type(k, "cpu")) for k in FOUR)
+    assert torch.equal(books.DYNAMIC, B.create_dynamic_map())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -320,7 +321,7 @@ def test_an_own_compute_dtype():
     with torch.no_grad():
         model[0].peftlab.default.B.add_(randn(40, 2))
     host, m = model[0], model[0].peftlab.default
-    wanted = peftlab.layers.rule_of(host).affine(host, m.weight(W), b, x)
+    wanted = peftlab.model.layers.rule_of(host).affine(host, m.weight(W), b, x)
     torch.testing.assert_close(model[0](x), wanted, rtol=0.05, atol=0.1)
 
 

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftlab
 from peftlab.quant import codes as C
-from peftlab.quant import compiled, ops, packed_weights
+from peftlab.quant import compiled, ops
+from peftlab.quant.api import packed_weights
 from peftlab.quant.ops import multiply
 
 KINDS = ("nf4", "fp4", "int8")

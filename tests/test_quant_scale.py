@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import peftlab
-from peftlab.quant import api, packed_weights, starts
+from peftlab.quant import api, starts
+from peftlab.quant.api import packed_weights
 
 wrapping = importlib.import_module("peftlab.wrap")  # peftlab.wrap is the function
 KINDS = ("nf4", "fp4", "int8")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import peftlab
-from peftlab import layers
+from peftlab.model import layers
 
 peft = pytest.importorskip("peft")
 transformers_conv = pytest.importorskip("transformers.pytorch_utils")

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.check import CheckReport, _distance, bits
 from peftlab.host import CHILD, stacks
+from peftlab.inspect.check import CheckReport, _distance, bits
+from peftlab.inspect.report import Row
 from peftlab.method import Base, Method
-from peftlab.report import Row
 
 
 class Block(nn.Module):
@@ -718,7 +718,7 @@ def test_check_puts_back_buffers_however_they_were_changed(large, monkeypatch):
             return super().forward(ids) + torch.randn(4)  # in eval too
 
     if large:
-        monkeypatch.setattr(sys.modules["peftlab.check"], "BIG", 2)
+        monkeypatch.setattr(sys.modules["peftlab.inspect.check"], "BIG", 2)
     torch.manual_seed(0)
     model = peftlab.wrap(Restless(), "lora", r=2, targets="q")
     for training in (True, False):
@@ -729,10 +729,11 @@ def test_check_puts_back_buffers_however_they_were_changed(large, monkeypatch):
 
 
 def test_check_finds_what_does_not_belong_in_the_file(monkeypatch):
-    from peftlab import io
-    from peftlab.io.file import read, write
+    from peftlab import formats as io
+    from peftlab.formats import native
+    from peftlab.formats.file import read, write
 
-    genuine = io.save
+    genuine = native.save
 
     def save(model, path, **kw):
         genuine(model, path, **kw)
@@ -745,7 +746,7 @@ def test_check_finds_what_does_not_belong_in_the_file(monkeypatch):
 
 
 def test_promise_09_an_unmerge_that_loses_a_bit_is_found(monkeypatch):
-    there = sys.modules["peftlab.check"]
+    there = sys.modules["peftlab.inspect.check"]
     genuine = there.unmerge
 
     def unmerge(model, names=None):

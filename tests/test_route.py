@@ -29,9 +29,7 @@ def net() -> nn.Module:
 def llama() -> nn.Module:
     tf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100, pad_token_id=0
-    )
+    config = tf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100, pad_token_id=0)
     return tf.LlamaForCausalLM(config).eval()
 
 

@@ -96,9 +96,7 @@ def test_recurrent_weights_under_two_names():
     assert torch.equal(model(x)[0], base)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(("emb", "share"), ("head", "share")), (("emb", "share"), ("head", "untie")), (("head", "untie"), ("emb", "share"))]
-)
+@pytest.mark.parametrize(("first", "second"), [(("emb", "share"), ("head", "share")), (("emb", "share"), ("head", "untie")), (("head", "untie"), ("emb", "share"))])
 def test_a_second_adapter_at_the_other_end_is_refused(first, second):
     model, ids = Tied(), torch.arange(9)
     peftlab.wrap(model, "lora", r=2, targets=first[0], tie=first[1], name="a")

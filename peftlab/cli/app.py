@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import Broken, UserError, blamed
+from peftlab.cli.errors import Broken, UserError, blamed
 
 # typer carries click inside or depends on it, as its version has it; the class of its complaints is found from one it exports.
 Complaint = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -72,8 +72,8 @@ def finetune(
     prompt_column: PromptColumn = None,
 ) -> int:
     """Adapt a model to a task: plan, train, check, test, save one adapter file, reload it, merge it, draw the loss."""
-    from . import finetune as job
-    from .work import Options, parse_set
+    from peftlab.cli import finetune as job
+    from peftlab.cli.work import Options, parse_set
 
     if resume and restart:
         raise UserError("--resume and --restart exclude each other")
@@ -107,8 +107,8 @@ def compare(
     prompt_column: PromptColumn = None,
 ) -> int:
     """Compare methods on the same data and seeds: accuracy with its spread, trainable parameters, step time, peak memory."""
-    from . import compare as job
-    from .work import Options
+    from peftlab.cli import compare as job
+    from peftlab.cli.work import Options
 
     where = dict(model=model, data=data, task=task, text_column=text_column, label_column=label_column, prompt_column=prompt_column)
     options = Options(**where, train=train, val=val, test=test, max_length=max_length, device=device)
@@ -141,9 +141,8 @@ def plan(
 ) -> int:
     """Show where a method would sit and what it would train; reads no weights."""
     import peftlab
-
-    from .tasks import default_folder, skeleton
-    from .work import parse_set
+    from peftlab.cli.tasks import default_folder, skeleton
+    from peftlab.cli.work import parse_set
 
     if task not in ("classify", "lm"):
         raise UserError(f"--task {task}: classify or lm")
@@ -160,7 +159,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False,
 ) -> int:
     """Say what is in an adapter file: methods, options, places, sizes; every tensor is checked against its checksum."""
-    from .inspect import inspect as job
+    from peftlab.cli.inspect import inspect as job
 
     return job(file, tensors, console())
 
@@ -174,7 +173,7 @@ def merge(
     """Fold an adapter file into a model's safetensors shards, tensor by tensor, without building the model."""
     from tqdm import tqdm
 
-    from peftlab.io.stream import merge_files
+    from peftlab.formats.merge_files import merge_files
 
     screen = console()
     with blamed("merge"), tqdm(unit="layer", dynamic_ncols=True, file=screen.file) as bar:

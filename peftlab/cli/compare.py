@@ -16,14 +16,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 import peftlab
-
-from . import draw
-from .baselines import bag_of_words
-from .errors import Broken, Diverged, UserError
-from .finetune import before
-from .loop import BEST, Loop, Settings
-from .tasks import Classify, quiet
-from .work import Options, PeakMemory, Work, attach, prepare, rate, wrap_options
+from peftlab.cli import draw
+from peftlab.cli.baselines import bag_of_words
+from peftlab.cli.errors import Broken, Diverged, UserError
+from peftlab.cli.finetune import before
+from peftlab.cli.loop import BEST, Loop, Settings
+from peftlab.cli.tasks import Classify, quiet
+from peftlab.cli.work import Options, PeakMemory, Work, attach, prepare, rate, wrap_options
 
 FULL = "full fine-tuning"
 AROUND = (1 / 3, 1.0, 3.0)  # learning rates that are tried, times the method's usual one

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UserError
+from peftlab.cli.errors import UserError
 
 
 class Row(NamedTuple):

@@ -18,13 +18,12 @@ from torch import nn
 from tqdm import tqdm
 
 import peftlab
-
-from . import draw
-from .baselines import probe
-from .errors import Broken, UserError, blamed
-from .loop import BEST, STATE, Loop, Settings, read_state
-from .tasks import Classify, Scores, quiet
-from .work import Options, PeakMemory, Work, attach, mergeable, prepare, rate, wrap_options
+from peftlab.cli import draw
+from peftlab.cli.baselines import probe
+from peftlab.cli.errors import Broken, UserError, blamed
+from peftlab.cli.loop import BEST, STATE, Loop, Settings, read_state
+from peftlab.cli.tasks import Classify, Scores, quiet
+from peftlab.cli.work import Options, PeakMemory, Work, attach, mergeable, prepare, rate, wrap_options
 
 FILE = "adapter.safetensors"
 TOLERANCE = 1e-4  # largest difference between merged and adapted outputs, relative to the largest output (float32, all layers)
@@ -271,10 +270,7 @@ def verify(work: Work, options: Options, path: Path, after: Scores, diary: Diary
     moved = 0 if scores.accuracy is None else int((scores.outputs.argmax(1) != again.outputs.argmax(1)).sum())
     diary.report["merge"] = result(scores) | {"layers": merged.layers, "largest_relative_difference": gap, "predictions_changed": moved}
     if gap <= TOLERANCE:
-        say(
-            f"[green]merge[/] into {merged.layers} layers: test {show(scores)}, outputs differ by at most {gap:.1e} "
-            f"of the largest, {moved} predictions by rounding"
-        )
+        say(f"[green]merge[/] into {merged.layers} layers: test {show(scores)}, outputs differ by at most {gap:.1e} of the largest, {moved} predictions by rounding")
     else:
         problems.append(f"the merged model gives other outputs than the adapted one (by {gap:.3g} of the largest, {moved} predictions)")
     return problems

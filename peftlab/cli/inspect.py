@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftlab.io.file import read
-
-from .errors import UserError, blamed
+from peftlab.cli.errors import UserError, blamed
+from peftlab.formats.file import read
 
 
 def inspect(path: Path, tensors: bool, console: Console) -> int:

@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftlab
-
-from .errors import Diverged, UserError
-from .tasks import Item, Task
+from peftlab.cli.errors import Diverged, UserError
+from peftlab.cli.tasks import Item, Task
 
 STATE = "training.safetensors"
 BEST = "best.safetensors"

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Row, Split, package_folder
-from .errors import UserError
+from peftlab.cli.data import Row, Split, package_folder
+from peftlab.cli.errors import UserError
 
 HEAD = "task_head"
 SMOOTHING = 0.1  # of the training labels: without it confidence outruns accuracy, and the best validation loss comes too early

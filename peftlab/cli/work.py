@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 import peftlab
+from peftlab.cli import data as datasets
+from peftlab.cli import tasks
+from peftlab.cli.errors import UserError, blamed
+from peftlab.cli.tasks import HEAD, Classify, Item, Task
 from peftlab.registry import entries, keywords, resolve
-
-from . import data as datasets
-from . import tasks
-from .errors import UserError, blamed
-from .tasks import HEAD, Classify, Item, Task
 
 ADAPTER, HEAD_ADAPTER = "default", "head"
 

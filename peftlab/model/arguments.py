@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .caches import EMPTY, Past, find_cache, past_of
+from peftlab.model.caches import EMPTY, Past, find_cache, past_of
 
 IDS = "input_ids"
 EMBEDDINGS = "inputs_embeds"

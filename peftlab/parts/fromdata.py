@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import lowrank
-from .lowrank import Stream, directions, observe_rows, working
+from peftlab.parts import lowrank
+from peftlab.parts.lowrank import Stream, directions, observe_rows, working
 
 GAMMA = 16.0  # LoRA-GA's scale hyper-parameter, at its authors' value
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .. import layers
-from ..host import CHILD, Adapted, Site, bare, original_class, paused_gc
-from ..method import Method
-from ..patterns import PatternError
-from ..progress import Progress, check_progress, told
-from ..sites import Model, _reads_children, ensure_module, identity, join, select_from
-from ..wrap import Ledger, check_dtype, ledgers, outside_disabled, samples
-from .codes import Packed, check, quantise
-from .linear import PACKED, Packing, become, pack, packed, unpack
+from peftlab.host import CHILD, Adapted, Site, bare, original_class, paused_gc
+from peftlab.method import Method
+from peftlab.model import layers
+from peftlab.model.patterns import PatternError
+from peftlab.quant.codes import Packed, check, quantise
+from peftlab.quant.linear import PACKED, Packing, become, pack, packed, unpack
+from peftlab.sites import Model, _reads_children, ensure_module, identity, join, select_from
+from peftlab.support.progress import Progress, check_progress, told
+from peftlab.wrap import Ledger, check_dtype, ledgers, outside_disabled, samples
 
 
 class _Packs(Method):

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, kernels
-from .books import BOOKS, DYNAMIC, ORDER, borders, nearest
+from peftlab.quant import compiled, kernels
+from peftlab.quant.books import BOOKS, DYNAMIC, ORDER, borders, nearest
 
 FORMATS = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -109,7 +109,7 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 
 def check(kind: object, blocksize: int | None = None, double: bool | None = None) -> None:
     """Raise on what there is no format for."""
-    from ..patterns import did_you_mean
+    from peftlab.model.patterns import did_you_mean
 
     if not isinstance(kind, str) or kind not in FORMATS:
         hint = did_you_mean(kind, FORMATS) if isinstance(kind, str) else ""

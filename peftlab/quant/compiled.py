@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .books import BOOKS, DYNAMIC
+from peftlab.quant.books import BOOKS, DYNAMIC
 
 if TYPE_CHECKING:
-    from .codes import Packed
+    from peftlab.quant.codes import Packed
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -162,9 +162,7 @@ def _decode(kernels: Kernels, codes: Tensor, scales: Sequence[Tensor | None], b:
     return out
 
 
-def _multiply(
-    kernels: Kernels, codes: Tensor, scales: Sequence[Tensor | None], b: int, kind: str, rounded: bool, x: Tensor, bias: Tensor | None, y: Tensor
-) -> Tensor:
+def _multiply(kernels: Kernels, codes: Tensor, scales: Sequence[Tensor | None], b: int, kind: str, rounded: bool, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """W x + bias into y (..., n_out), for x (..., n_in) of one row and its dtype."""
     n_out, n_in = y.numel(), x.numel()
     threads = min(torch.get_num_threads(), 1 + n_out * n_in // SHARE)

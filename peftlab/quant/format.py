@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .codes import BLOCKSIZES, BOOKS, DYNAMIC, SCALES, Format, Packed
+from peftlab.quant.books import BOOKS, DYNAMIC
+from peftlab.quant.codes import BLOCKSIZES, SCALES, Format, Packed
 
 STATE = "quant_state.bitsandbytes__"
 WIDEST = 24  # characters of the longest repr of a number: -2.2250738585072014e-308

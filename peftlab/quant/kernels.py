@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .codes import Packed
+    from peftlab.quant.codes import Packed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}  # of an input, up to which the weight is decoded inside the product
@@ -45,7 +45,7 @@ class Tables(NamedTuple):
 def _module():
     """The kernels, or None where Triton is missing or too old."""
     try:
-        from . import kernels_triton
+        from peftlab.quant import kernels_triton
     except ImportError:
         return None
     return kernels_triton if kernels_triton.VERSION >= EARLIEST else None

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import layers
-from ..host import Adapted, adapted_class, original_class, seen_of
-from . import format as keys
-from . import ops
-from .codes import Packed, entries
+from peftlab.host import Adapted, adapted_class, original_class, seen_of
+from peftlab.model import layers
+from peftlab.quant import format as keys
+from peftlab.quant import ops
+from peftlab.quant.codes import Packed, entries
 
 SCALES = ("absmax", "nested_absmax", "nested_offset")  # suffixes of the buffers, in the order of Packed
 

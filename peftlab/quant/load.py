@@ -12,17 +12,17 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .. import layers
-from ..host import Adapted, Site, bare, paused_gc
-from ..io.file import whole
-from ..patterns import did_you_mean
-from ..progress import Progress, check_progress, told
-from ..sites import Model, ensure_module, identity, join, select_from
-from ..wrap import check_dtype
-from . import format as keys
-from .api import _Packs, places, works_on_codes
-from .codes import Packed, check, quantise
-from .linear import Packing, pack
+from peftlab.formats.file import whole
+from peftlab.host import Adapted, Site, bare, paused_gc
+from peftlab.model import layers
+from peftlab.model.patterns import did_you_mean
+from peftlab.quant import format as keys
+from peftlab.quant.api import _Packs, places, works_on_codes
+from peftlab.quant.codes import Packed, check, quantise
+from peftlab.quant.linear import Packing, pack
+from peftlab.sites import Model, ensure_module, identity, join, select_from
+from peftlab.support.progress import Progress, check_progress, told
+from peftlab.wrap import check_dtype
 
 TURN = 1 << 23  # bytes that are read before the files are opened anew
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import layers
-from ..patterns import did_you_mean
-from ..sites import join
-from .codes import dequantise, quantise
-from .linear import SCALES, packed
+from peftlab.model import layers
+from peftlab.model.patterns import did_you_mean
+from peftlab.quant.codes import dequantise, quantise
+from peftlab.quant.linear import SCALES, packed
+from peftlab.sites import join
 
 CHOICES = (
     "onto='dequantized' (dense weights: the decoded values with the adapters in them), onto='requantized' (rounded to codes again), or the model or the "

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import layers
-from . import compiled, kernels
-from .codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, exporting, fill, tables
+from peftlab.model import layers
+from peftlab.quant import compiled, kernels
+from peftlab.quant.codes import DECODE, FEW, TILE, WIDE, Format, Packed, dequantise, exporting, fill, tables
 
 
 def product(x: Tensor, b: Tensor | None, p: Packed) -> Tensor:

@@ -18,16 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..host import Site, bare, fenced_rng, paused_gc
-from ..method import Method, positive_int
-from ..parts import lowrank
-from ..patterns import did_you_mean
-from ..progress import Progress, check_progress, told
-from ..sites import ensure_module, join
-from ..wrap import _Request, _request, attach, build, check_dtype, ledgers
-from .api import _note, _refuse, _whole, places, works_on_codes
-from .codes import Packed, check, dequantise, quantise
-from .linear import pack
+from peftlab.host import Site, bare, fenced_rng, paused_gc
+from peftlab.method import Method, positive_int
+from peftlab.model.patterns import did_you_mean
+from peftlab.parts import lowrank
+from peftlab.quant.api import _note, _refuse, _whole, places, works_on_codes
+from peftlab.quant.codes import Packed, check, dequantise, quantise
+from peftlab.quant.linear import pack
+from peftlab.sites import ensure_module, join
+from peftlab.support.progress import Progress, check_progress, told
+from peftlab.wrap import _Request, _request, attach, build, check_dtype, ledgers
 
 Pairs = list[tuple[Site, Method]]  # the sites at one parameter, each with its LoRA
 

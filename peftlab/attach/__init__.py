@@ -1,0 +1,1 @@
+"""From a call of `wrap` to an adapted model."""

@@ -1,0 +1,1 @@
+"""An adapted module: where adapters live, what acts, and what a call goes through."""

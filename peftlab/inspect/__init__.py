@@ -1,0 +1,1 @@
+"""What is there, what it costs, and whether it works."""

@@ -1,0 +1,1 @@
+"""What happens to adapters afterwards: switch, merge, route, take off."""

@@ -1,0 +1,1 @@
+"""Attention: keys and values that are nobody's tokens."""

@@ -1,0 +1,1 @@
+"""Hidden states: representations of chosen tokens are edited."""

@@ -1,0 +1,1 @@
+"""Mixtures: several adapters at one place, weighed by a router."""

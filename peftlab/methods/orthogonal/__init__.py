@@ -1,0 +1,1 @@
+"""Orthogonal: weights that are rotated."""

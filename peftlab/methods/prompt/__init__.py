@@ -1,0 +1,1 @@
+"""Prompts: trained vectors among the embedded tokens."""

@@ -1,0 +1,1 @@
+"""Scaling: features multiplied by learned vectors."""

@@ -1,0 +1,1 @@
+"""Selective: some of a model's own parameters are trained, in a copy."""

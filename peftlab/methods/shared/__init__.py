@@ -1,0 +1,1 @@
+"""Shared: tensors that all sites have in common, and little at each."""

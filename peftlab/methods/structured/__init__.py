@@ -1,0 +1,1 @@
+"""Structured: changes with a structure other than low rank: Kronecker products, spectra."""

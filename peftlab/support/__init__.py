@@ -1,0 +1,1 @@
+"""What every room may use: contexts, progress, tables, values that a recomputed forward finds again."""
