@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import peftlab
 from peftlab.cli.data import Row
 from peftlab.cli.tasks import Classify, default_folder
-from peftlab.model import layers
+from peftlab.model import packed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import smollm
@@ -58,7 +58,7 @@ def weight_error(dense: nn.Module, model: nn.Module) -> float:
         host = model.get_submodule(path)
         if isinstance(m, nn.Linear) and "peftlab" in host._modules:
             method = host.peftlab.default
-            now = layers.values(host, "weight") + method.s * method.B @ method.A
+            now = packed.dense_parameter(host, "weight") + method.s * method.B @ method.A
             lost, whole = lost + (m.weight - now).square().sum().item(), whole + m.weight.square().sum().item()
     return (lost / whole) ** 0.5
 

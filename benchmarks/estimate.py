@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import peftlab
-from peftlab.inspect.estimate import Estimate
+from peftlab.inspect.estimate.report import Estimate
 
 
 def gpt(dtype: torch.dtype = torch.float32, dropout: float = 0.0, tied: bool = True) -> tuple[nn.Module, object]:

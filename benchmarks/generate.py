@@ -39,7 +39,7 @@ def of_bitsandbytes(dense: nn.Module, dtype: torch.dtype) -> nn.Module:
     import bitsandbytes
 
     model = copy.deepcopy(dense)
-    for path in peftlab.quant.packed_weights(peftlab.quantize(copy.deepcopy(dense), "nf4")):
+    for path in peftlab.packed_weights(peftlab.quantize(copy.deepcopy(dense), "nf4")):
         old = model.get_submodule(path.removesuffix(".weight"))
         layer = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
         layer.load_state_dict(old.state_dict())

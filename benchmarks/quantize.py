@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import peftlab
-from peftlab.quant import compiled, kernels
 from peftlab.quant.codes import dequantise, quantise
+from peftlab.quant.kernels import cpu as compiled
+from peftlab.quant.kernels import triton as kernels
 
 OURS, THEIRS, DENSE, PLAIN = "peftlab", "bitsandbytes", "dense", "peftlab without Triton"
 CALLS = 20  # of a job on CUDA, between two waits for the device

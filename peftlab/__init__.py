@@ -16,53 +16,89 @@ from typing import TYPE_CHECKING
 import torch  # noqa: F401 - the one import that costs
 
 if TYPE_CHECKING:
-    from peftlab.formats.file import LoadError
-    from peftlab.formats.native import load, save
-    from peftlab.inspect.check import CheckError, check, watch
-    from peftlab.inspect.estimate import estimate
+    from peftlab.attach.plan import Plan, plan
+    from peftlab.attach.wrap import wrap
+    from peftlab.core.base import Base
+    from peftlab.core.method import Method
+    from peftlab.formats.load import load
+    from peftlab.formats.save import save
+    from peftlab.inspect.check.check import check
+    from peftlab.inspect.check.report import CheckError
+    from peftlab.inspect.estimate.estimate import estimate
     from peftlab.inspect.report import report
+    from peftlab.manage.copies import ema_update, restore, shared_base_copy, snapshot
+    from peftlab.manage.freeze import freeze, train_only, unfreeze
+    from peftlab.manage.merge import merge
     from peftlab.manage.positions import positions
-    from peftlab.manage.reparametrize import drop_network, prefix_from
+    from peftlab.manage.reparametrize import drop_reparametrization, prefix_from
+    from peftlab.manage.rescale import rescale
     from peftlab.manage.route import route
-    from peftlab.method import Base, Method
+    from peftlab.manage.switch import activate, active, disabled, using
+    from peftlab.manage.unmerge import unmerge
+    from peftlab.manage.unwrap import unwrap
     from peftlab.model.patterns import PatternError
-    from peftlab.quant.api import dequantize, quantize
-    from peftlab.quant.compiled import compile_decoding
+    from peftlab.quant.kernels.cpu import compile_decoding
     from peftlab.quant.load import load_quantized
-    from peftlab.quant.starts import wrap_quantized
+    from peftlab.quant.quantize import dequantize, packed_weights, quantize
+    from peftlab.quant.wrap_quantized import wrap_quantized
     from peftlab.registry import methods
-    from peftlab.switch import activate, active, disabled, ema_update, merge, rescale, restore, snapshot, unmerge, unwrap, using, view
-    from peftlab.train.schedule import param_groups, schedule
-    from peftlab.wrap import Plan, freeze, plan, train_only, unfreeze, wrap
+    from peftlab.support.files import LoadError
+    from peftlab.train.param_groups import param_groups
+    from peftlab.train.schedule import schedule
+    from peftlab.train.watch import watch
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    **dict.fromkeys(("wrap", "plan", "freeze", "unfreeze", "train_only", "Plan"), "wrap"),
-    **dict.fromkeys(("activate", "active", "using", "rescale", "disabled", "merge", "unmerge", "unwrap"), "switch"),
-    **dict.fromkeys(("view", "snapshot", "restore", "ema_update"), "switch"),
-    **dict.fromkeys(("check", "CheckError", "watch"), "inspect.check"),
-    **dict.fromkeys(("save", "load", "LoadError"), "formats.native"),
-    **dict.fromkeys(("schedule", "param_groups"), "train.schedule"),
-    **dict.fromkeys(("Method", "Base"), "method"),
-    **dict.fromkeys(("drop_network", "prefix_from"), "manage.reparametrize"),
-    "positions": "manage.positions",
-    **dict.fromkeys(("quantize", "dequantize"), "quant.api"),
-    "load_quantized": "quant.load",
-    "compile_decoding": "quant.compiled",
-    "wrap_quantized": "quant.starts",
-    "report": "inspect.report",
-    "route": "manage.route",
-    "estimate": "inspect.estimate",
-    "methods": "registry",
+    "Base": "core.base",
+    "CheckError": "inspect.check.report",
+    "LoadError": "support.files",
+    "Method": "core.method",
     "PatternError": "model.patterns",
+    "Plan": "attach.plan",
+    "activate": "manage.switch",
+    "active": "manage.switch",
+    "check": "inspect.check.check",
+    "compile_decoding": "quant.kernels.cpu",
+    "dequantize": "quant.quantize",
+    "disabled": "manage.switch",
+    "drop_reparametrization": "manage.reparametrize",
+    "ema_update": "manage.copies",
+    "estimate": "inspect.estimate.estimate",
+    "freeze": "manage.freeze",
+    "load": "formats.load",
+    "load_quantized": "quant.load",
+    "merge": "manage.merge",
+    "methods": "registry",
+    "packed_weights": "quant.quantize",
+    "param_groups": "train.param_groups",
+    "plan": "attach.plan",
+    "positions": "manage.positions",
+    "prefix_from": "manage.reparametrize",
+    "quantize": "quant.quantize",
+    "report": "inspect.report",
+    "rescale": "manage.rescale",
+    "restore": "manage.copies",
+    "route": "manage.route",
+    "save": "formats.save",
+    "schedule": "train.schedule",
+    "shared_base_copy": "manage.copies",
+    "snapshot": "manage.copies",
+    "train_only": "manage.freeze",
+    "unfreeze": "manage.freeze",
+    "unmerge": "manage.unmerge",
+    "unwrap": "manage.unwrap",
+    "using": "manage.switch",
+    "watch": "train.watch",
+    "wrap": "attach.wrap",
+    "wrap_quantized": "quant.wrap_quantized",
 }
 
 __all__ = [
     "Base", "CheckError", "LoadError", "Method", "PatternError", "Plan", "activate", "active", "check", "compile_decoding", "dequantize", "disabled",
-    "drop_network", "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "param_groups", "plan", "positions", "prefix_from",
-    "quantize", "report", "rescale", "restore", "route", "save", "schedule", "snapshot", "train_only", "unfreeze", "unmerge", "unwrap", "using", "view",
-    "watch", "wrap", "wrap_quantized",
+    "drop_reparametrization", "ema_update", "estimate", "freeze", "load", "load_quantized", "merge", "methods", "packed_weights", "param_groups", "plan", "positions",
+    "prefix_from", "quantize", "report", "rescale", "restore", "route", "save", "schedule", "shared_base_copy", "snapshot", "train_only", "unfreeze",
+    "unmerge", "unwrap", "using", "watch", "wrap", "wrap_quantized",
 ]  # fmt: skip
 
 

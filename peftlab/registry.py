@@ -10,7 +10,7 @@ import pkgutil
 import re
 from dataclasses import dataclass, field
 
-from peftlab.method import Method
+from peftlab.core.method import Method
 from peftlab.model.patterns import did_you_mean
 
 package = importlib.import_module(f"{__package__}.methods")  # not `from . import`: the package's public name `methods` is a function

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftlab
 from peftlab import registry
-from peftlab.quant.api import packed_weights
+from peftlab.quant.quantize import packed_weights
 
 # ---------------------------------------------------------------- modules that torch does not have
 

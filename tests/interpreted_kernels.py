@@ -25,8 +25,9 @@ from torch import nn
 
 import peftlab
 from peftlab.quant import codes as C
-from peftlab.quant import kernels as K
-from peftlab.quant.ops import multiply
+from peftlab.quant import packed
+from peftlab.quant.kernels import triton as K
+from peftlab.quant.products import multiply
 
 KINDS, FOUR = ("nf4", "fp4", "int8"), ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,7 +118,7 @@ def test_decode_the_first_one_comes_out_right():
     assert K.sound(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("b", C.BLOCKSIZES)
+@pytest.mark.parametrize("b", packed.BLOCKSIZES)
 @pytest.mark.parametrize("kind", FOUR)
 def test_decode_blocks_bit_for_bit(kind, b):
     pairs = [(a, o) for a in DTYPES for o in DTYPES]
@@ -132,11 +133,11 @@ def test_decode_every_code_and_scale():
     codes = torch.arange(256, dtype=torch.uint8).repeat(64)  # 512 blocks of 64
     for kind in FOUR:
         for scale in (1.0, 3e38, 1e-38, 1e-44):  # values beyond float16, and subnormal ones
-            p = C.Packed(C.Format(kind, (512, 64), torch.float32, 64, False), codes[:, None], scale * torch.rand(512, generator=gen(2)))
+            p = packed.Packed(packed.Format(kind, (512, 64), torch.float32, 64, False), codes[:, None], scale * torch.rand(512, generator=gen(2)))
             for dtype in DTYPES:
                 assert same(filled(p, 0, 512 * 64, dtype), expected(p, 0, 512 * 64, dtype)), (kind, scale, dtype)
         second = torch.tensor([0.3, 1e-38])
-        p = C.Packed(C.Format(kind, (512, 64), torch.float32, 64, True), codes[:, None], codes[:512], second, torch.tensor(0.7))
+        p = packed.Packed(packed.Format(kind, (512, 64), torch.float32, 64, True), codes[:, None], codes[:512], second, torch.tensor(0.7))
         assert same(filled(p, 0, 512 * 64, torch.float32), expected(p, 0, 512 * 64, torch.float32))
 
 
@@ -165,7 +166,7 @@ def test_decode_beyond_two_to_the_31_entries():
     codes = torch.zeros(n // 2, 1, dtype=torch.uint8)  # memory that is never touched is never there
     absmax = torch.zeros(n // b)
     codes[-2048:, 0], absmax[-64:] = torch.randint(256, (2048,), generator=gen()).to(torch.uint8), torch.rand(64, generator=gen())
-    p = C.Packed(C.Format("nf4", (n // 64, 64), torch.float32, b, False), codes, absmax)
+    p = packed.Packed(packed.Format("nf4", (n // 64, 64), torch.float32, b, False), codes, absmax)
     found = filled(p, n - 4001, n - 5, torch.float32)
     assert found.abs().sum() > 0 and same(found, expected(p, n - 4001, n - 5, torch.float32))
 
@@ -181,7 +182,7 @@ def test_decode_through_the_library(served):
 # ---------------------------------------------------------------- quantise
 
 
-@pytest.mark.parametrize("b", C.BLOCKSIZES)
+@pytest.mark.parametrize("b", packed.BLOCKSIZES)
 @pytest.mark.parametrize("kind", FOUR)
 def test_quantise_blocks_bit_for_bit(kind, b, served):
     inputs = [(name, x.to(dtype)) for name, x in small(kind, b).items() for dtype in (DTYPES if b == 64 else DTYPES[:2])]

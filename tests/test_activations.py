@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
+from peftlab.model.index import ModelIndex as Model
 from peftlab.model.places import PLACES
-from peftlab.sites import Model
 
 transformers = pytest.importorskip("transformers")
 

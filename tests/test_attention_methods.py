@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.attend import Attend
+from peftlab.core.attention import AttentionMode as Attend
 from peftlab.parts import prefix
 
 transformers = pytest.importorskip("transformers")
@@ -59,9 +59,9 @@ def test_the_attention_call_is_the_papers(method, mask, grouped, lengths):
     q, k, v, K, V = draw(2, 4, L, D), draw(2, G, S, D), draw(2, G, S, 5), draw(n, G * D), draw(n, G * 5)
     given, causal, seen = MASKS[mask](L, S)
     if method == "prefix":
-        wanted, change = oracles.prefix_tuning(q, k, v, seen, K, V, 0.3), lambda *c: prefix.in_front(*c, K, V)
+        wanted, change = oracles.prefix_tuning(q, k, v, seen, K, V, 0.3), lambda *c: prefix.attend_with_prefix(*c, K, V)
     else:
-        wanted, change = oracles.llama_adapter(q, k, v, seen, K, V, 0.7, 0.3), lambda *c: prefix.gated(*c, K, V, torch.tensor(0.7, dtype=torch.float64))
+        wanted, change = oracles.llama_adapter(q, k, v, seen, K, V, 0.7, 0.3), lambda *c: prefix.attend_with_gate(*c, K, V, torch.tensor(0.7, dtype=torch.float64))
     if grouped == "repeated":
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     with Attend(change) as mode:
@@ -72,19 +72,19 @@ def test_the_attention_call_is_the_papers(method, mask, grouped, lengths):
 
 def test_causal_with_a_prefix_is_lower_right_causal():
     q, k, v, K, V = (torch.randn(*s, dtype=torch.float64) for s in [(1, 2, 5, 4)] * 3 + [(3, 8)] * 2)
-    with Attend(lambda run, q, k, v, o: prefix.in_front(run, q, k, v, o, K, V)):
+    with Attend(lambda run, q, k, v, o: prefix.attend_with_prefix(run, q, k, v, o, K, V)):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    k, v = torch.cat([prefix.as_heads(K, k), k], 2), torch.cat([prefix.as_heads(V, v), v], 2)
+    k, v = torch.cat([prefix.to_heads(K, k), k], 2), torch.cat([prefix.to_heads(V, v), v], 2)
     torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, causal_lower_right(5, 8)), **TIGHT)
 
 
 def test_dropout_acts_on_prefix_and_tokens_alike():
     q, k, v, K, V = (torch.randn(*s) for s in [(1, 2, 5, 4)] * 3 + [(3, 8)] * 2)
-    with Attend(lambda run, q, k, v, o: prefix.in_front(run, q, k, v, o, K, V)):
+    with Attend(lambda run, q, k, v, o: prefix.attend_with_prefix(run, q, k, v, o, K, V)):
         torch.manual_seed(0)
         y = F.scaled_dot_product_attention(q, k, v, None, 0.5)
     torch.manual_seed(0)
-    wanted = F.scaled_dot_product_attention(q, torch.cat([prefix.as_heads(K, k), k], 2), torch.cat([prefix.as_heads(V, v), v], 2), None, 0.5)
+    wanted = F.scaled_dot_product_attention(q, torch.cat([prefix.to_heads(K, k), k], 2), torch.cat([prefix.to_heads(V, v), v], 2), None, 0.5)
     assert torch.equal(y, wanted)
 
 
@@ -431,7 +431,7 @@ def test_the_network_goes_and_the_outputs_stay(tmp_path):
     wrapped(model, "prefix_tuning", name="p", shift=True)
     y = model(**x).logits
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert peftlab.drop_network(model, "p") is model
+    assert peftlab.drop_reparametrization(model, "p") is model
     assert torch.equal(model(**x).logits, y)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) < count
     assert not [k for k in model.state_dict() if "W2" in k or "peftlab_shared" in k]
@@ -440,7 +440,7 @@ def test_the_network_goes_and_the_outputs_stay(tmp_path):
     peftlab.load(fresh, tmp_path / "a.safetensors")
     assert torch.equal(fresh(**x).logits, y)
     with pytest.raises(ValueError, match="no network"):
-        peftlab.drop_network(model)
+        peftlab.drop_reparametrization(model)
     peftlab.unwrap(model)
     assert torch.equal(model(**x).logits, hf("llama")(**x).logits)
 

@@ -29,10 +29,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peftlab
+from peftlab.core.stack import AdapterStack as Stack
 from peftlab.formats import file
-from peftlab.formats.file import LoadError
-from peftlab.host import Stack
 from peftlab.registry import keywords, resolve
+from peftlab.support.files import LoadError
 
 # ---------------------------------------------------------------- what "unchanged" means
 
@@ -378,7 +378,7 @@ def test_what_is_not_a_module(thing, tmp_path):
     path = tmp_path / "a"
     peftlab.save(wrapped(), path)
     verbs = [
-        lambda m: peftlab.wrap(m, "lora"), lambda m: peftlab.plan(m, "lora"), peftlab.merge, peftlab.unmerge, peftlab.unwrap, peftlab.snapshot, peftlab.view,
+        lambda m: peftlab.wrap(m, "lora"), lambda m: peftlab.plan(m, "lora"), peftlab.merge, peftlab.unmerge, peftlab.unwrap, peftlab.snapshot, peftlab.shared_base_copy,
         lambda m: peftlab.save(m, tmp_path / "b"), lambda m: peftlab.load(m, path), lambda m: peftlab.activate(m, "a"), lambda m: peftlab.restore(m, {}),
         lambda m: peftlab.disabled(m).__enter__(), lambda m: peftlab.using(m, None).__enter__(),
         peftlab.freeze, peftlab.unfreeze, peftlab.train_only, peftlab.active,
@@ -575,7 +575,7 @@ def test_disabled_puts_everything_back_when_the_block_fails():
                 raise RuntimeError("inside")
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, peftlab.view], ids=["copy", "pickle", "view"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, peftlab.shared_base_copy], ids=["copy", "pickle", "view"])
 def test_copies_are_made_outside_route(copied):
     """A copy of a model inside would stay there for ever."""
     model = wrapped().eval()
@@ -1303,7 +1303,7 @@ def test_layers_that_only_offer_a_call_are_something_to_adapt():
     assert len(peftlab.report(model)) == 2
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), peftlab.view])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), peftlab.shared_base_copy])
 def test_copies_refuse_what_the_original_refuses(copied):
     model = nn.Sequential(cases.Packed(4, 4), nn.Linear(4, 4))
     peftlab.wrap(model, "lora", r=2, targets="*")

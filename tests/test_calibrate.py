@@ -12,8 +12,10 @@ from oracles import outer_sum, own
 from torch import nn
 
 import peftlab
-from peftlab.method import Base, Method
-from peftlab.parts import fromdata, lowrank
+from peftlab.core.base import Base
+from peftlab.core.method import Method
+from peftlab.parts import data_init as fromdata
+from peftlab.parts import lowrank
 
 R, ALPHA = 3, 6
 S = ALPHA / R
@@ -337,7 +339,7 @@ def test_batch_statistics_and_the_mode_stay():
 @pytest.mark.parametrize("cuts", [[10, 30], [1, 39], [13, 13, 14]])
 def test_pooled_streams_are_the_stream_of_all_rows(cuts):
     X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
-    together = fromdata.pooled([None, *(lowrank.observe_rows(None, part, 6) for part in X.split(cuts))])
+    together = fromdata.pool_states([None, *(lowrank.observe_rows(None, part, 6) for part in X.split(cuts))])
     one = lowrank.observe_rows(None, X, 6)
     assert together.count == 40
     torch.testing.assert_close(together.mean, one.mean)
@@ -346,4 +348,4 @@ def test_pooled_streams_are_the_stream_of_all_rows(cuts):
 
 
 def test_pooled_nothing_is_nothing():
-    assert fromdata.pooled([None, None]) is None
+    assert fromdata.pool_states([None, None]) is None

@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlab
 from peftlab import registry
-from peftlab.model.layers import Quantised
+from peftlab.model.packed import QuantizedModule as Quantised
 
 METHODS = methods()
 TIGHT = dict(rtol=1e-10, atol=1e-10)
@@ -656,7 +656,7 @@ def needs_data(method: str, case: str) -> bool:
 
 @law
 def test_law_06_estimate_agrees(method, case):
-    estimate = pytest.importorskip("peftlab.estimate").estimate
+    estimate = peftlab.estimate
     base = build(case, torch.float32)
     planned = peftlab.plan(base, method, **keywords(method, case))
     assert estimate(base, method, **keywords(method, case)).trainable == planned.trainable

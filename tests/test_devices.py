@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftlab
+from peftlab.core.ledger import _sample_positions as _positions
 from peftlab.formats.merge_files import merge_files
-from peftlab.wrap import _positions
 
 ROWS = {"0": {"q": [0, 3, 6], "k": [1, 4, 7], "v": [2, 5, 8, 9, 10, 11]}}
 

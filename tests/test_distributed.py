@@ -215,7 +215,7 @@ def case_same_bytes(rank, tmp):
     if rank == 0:
         # this process writes alone here: the bare file of a model in one process
         from peftlab.formats.file import write
-        from peftlab.formats.native import describe
+        from peftlab.formats.header import describe_adapters as describe
 
         header, tensors, _ = describe(model, ["default", "shared", "head"], [])
         write(tmp / "bare.safetensors", tensors, header)
@@ -274,7 +274,7 @@ def case_fsdp2(rank, tmp, *methods):
         path = tmp / f"{method}.safetensors"
         if rank == 0:
             from peftlab.formats.file import write
-            from peftlab.formats.native import describe
+            from peftlab.formats.header import describe_adapters as describe
 
             header, tensors, _ = describe(alone, ["default", "head"], [])
             write(tmp / f"{method}-bare.safetensors", tensors, header)

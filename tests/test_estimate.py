@@ -11,7 +11,7 @@ from cases import OwnForward, conv1d_hf
 from torch import nn
 
 import peftlab
-from peftlab.inspect.estimate import OPTIMIZERS
+from peftlab.inspect.estimate.optimizers import OPTIMIZERS
 from peftlab.quant.codes import outline
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import peftlab
 from peftlab.model import layers
+from peftlab.model import packed as packed_parameters
 
 SIZE = 64
 
@@ -274,12 +275,12 @@ def test_files_counts_and_copies(kind, tmp_path):
     assert peftlab.plan(packed(kind), "lora", r=2, targets="*").trainable == 2 * 2 * (SIZE + SIZE)
     assert "Linear" in repr(peftlab.plan(packed(kind), "lora", r=2, targets="*"))
     assert "lora" in repr(peftlab.report(model))
-    held = sum(u.numel() * u.element_size() for t in (*packed(kind).parameters(), *packed(kind).buffers()) for u in layers.contents(t))
+    held = sum(u.numel() * u.element_size() for t in (*packed(kind).parameters(), *packed(kind).buffers()) for u in packed_parameters.inner_tensors(t))
     assert peftlab.estimate(packed(kind), "lora", r=2, targets="*").base_bytes == held
     assert peftlab.check(model, x).ok
     twins = []
     if kind != "hqq":  # its scales are no leaves of a graph, which deepcopy refuses
-        twins = [copy.deepcopy(model), peftlab.view(model)]
+        twins = [copy.deepcopy(model), peftlab.shared_base_copy(model)]
     assert all(torch.equal(twin(x), y) for twin in twins)
     with peftlab.route(model, ["default", None, "default", None, None]):
         routed = model(x)
@@ -325,7 +326,7 @@ def test_parameters_that_are_no_linears_weight():
             peftlab.plan(model, method, targets="conv.weight", **row_of(method).hyper)
     assert [r.path for r in peftlab.plan(model, "lora", r=2, targets="*").rows] == ["last"]
     peftlab.quantize(model, targets="*")
-    assert list(peftlab.quant.packed_weights(model)) == ["last.weight"]
+    assert list(peftlab.packed_weights(model)) == ["last.weight"]
 
 
 def test_a_weight_that_its_parent_reads_is_refused():

@@ -18,8 +18,9 @@ from test_quant import mlp, randn, stir, subjects
 
 import peftlab
 from peftlab.quant import codes as C
-from peftlab.quant import kernels as K
-from peftlab.quant.ops import multiply
+from peftlab.quant import packed
+from peftlab.quant.kernels import triton as K
+from peftlab.quant.products import multiply
 
 HERE = Path(__file__).parent
 KINDS, DTYPES = ("nf4", "fp4", "int8"), (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +104,7 @@ def test_compiled_arithmetic_is_exact(case, capability, tmp_path, monkeypatch):
 
 
 def test_every_kernel_is_compiled_above():
-    kernels = re.findall(r"^def ([a-z]\w+)\(", (Path(C.__file__).parent / "kernels_triton.py").read_text(encoding="utf8"), re.MULTILINE)
+    kernels = re.findall(r"^def ([a-z]\w+)\(", (Path(K.__file__).parent / "triton_source.py").read_text(encoding="utf8"), re.MULTILINE)
     assert set(kernels) == {name for name, *_ in COMPILED.values()}
 
 
@@ -155,7 +156,7 @@ def test_without_triton_everything_works():
         import sys, torch
         sys.modules["triton"] = None
         import peftlab
-        from peftlab.quant import kernels
+        from peftlab.quant.kernels import triton as kernels
         assert kernels._module() is None
         kernels.serves = lambda *tensors: kernels.works(torch.device("cuda"))  # as for tensors on CUDA
         torch.manual_seed(0)
@@ -220,7 +221,7 @@ def test_memory_that_runs_out_is_no_fault_of_triton(monkeypatch):
 
 
 def moved(p, device="cuda"):
-    return C.Packed(p.format, *(t if t is None else t.to(device) for t in p[1:]))
+    return packed.Packed(p.format, *(t if t is None else t.to(device) for t in p[1:]))
 
 
 def plainly(monkeypatch, f):
@@ -232,7 +233,7 @@ def plainly(monkeypatch, f):
 
 def cases_of(kind, dtype):
     """(block size, name, tensor), as far as there are codes for it."""
-    for b in (64,) if kind == "int8" else C.BLOCKSIZES:
+    for b in (64,) if kind == "int8" else packed.BLOCKSIZES:
         for name, x in subjects("nf4" if kind == "int8" else kind, b).items():
             if kind != "int8" or x.ndim > 1:
                 yield b, name, x.to(dtype)

@@ -78,7 +78,7 @@ def convolutions(draw):
 
 
 def rule_and_weight(m: nn.Module):
-    rule = layers.rule_of(m)
+    rule = layers.layer_rule(m)
     return rule, rule.matrix(m, m.weight.detach())
 
 
@@ -89,7 +89,7 @@ def test_convolution_verbs(pair):
     m, x = pair
     rule, W = rule_and_weight(m)
     n_out, n_in = W.shape
-    assert (n_out, n_in) == layers.features(m, rule, m.weight)
+    assert (n_out, n_in) == layers.matrix_shape(m, rule, m.weight)
     assert torch.equal(rule.raw(m, W, m.weight), m.weight)  # there and back
     y = m(x)
     b = m.bias
@@ -234,13 +234,13 @@ def test_padding_row_stays_and_gets_no_gradient(method):
 )
 def test_only_an_unchanged_forward_is_surrounded(make, rule, surrounded):
     m = make()
-    assert layers.rule_of(m).name == rule
-    assert bool(layers.rule_of(m).call and layers.surrounds(m, type(m))) is surrounded
+    assert layers.layer_rule(m).name == rule
+    assert bool(layers.layer_rule(m).call and layers.runs_registered_forward(m, type(m))) is surrounded
 
 
 def test_layers_without_a_matrix_have_no_rule():
     for m in (nn.LayerNorm(4), nn.ReLU(), nn.LSTM(4, 4), nn.MultiheadAttention(4, 2), Raw(4, 6), Experts(2, 4, 6, "eio"), nn.Sequential()):
-        assert layers.rule_of(m) is None
+        assert layers.layer_rule(m) is None
 
 
 def test_a_linear_by_another_name_is_read():
@@ -254,7 +254,7 @@ def test_a_linear_by_another_name_is_read():
             return torch.relu(x @ self.weight.T)
 
     m = nn.Sequential(Homemade())
-    assert layers.rule_of(m[0]).name == "linear"
+    assert layers.layer_rule(m[0]).name == "linear"
     x = rand(3, 4, seed=1)
     peftlab.wrap(m, "lora", r=2, targets="0")
     with torch.no_grad():

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftlab
-from peftlab.formats.file import LoadError
-from peftlab.model import layers
-from peftlab.quant.api import packed_weights
+from peftlab.model import packed
+from peftlab.quant.quantize import packed_weights
+from peftlab.support.files import LoadError
 
 KINDS = ("nf4", "fp4", "int8")
 INITS = ("loftq", "qpissa")
@@ -29,7 +29,7 @@ def mlp(dtype=torch.float32):
 
 
 def dense(m, param="weight"):
-    return layers.values(m, param).detach().clone()
+    return packed.dense_parameter(m, param).detach().clone()
 
 
 def added(m, name="default"):

@@ -16,8 +16,9 @@ from torch import nn
 
 import peftlab
 from peftlab.formats.merge_files import merge_files
-from peftlab.quant.api import packed_weights
-from peftlab.support.progress import check_progress, told
+from peftlab.quant.quantize import packed_weights
+from peftlab.support.progress import check_progress
+from peftlab.support.progress import reported as told
 
 
 def mlp():
@@ -249,8 +250,8 @@ def test_an_interrupted_quantize_leaves_every_layer_whole(kind, adapted):
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(
     ("verb", "where"),
-    [("quantize", f) for f in ("linear.hold", "linear.packing_class", "linear.become", "api._note")]
-    + [("dequantize", f) for f in ("linear.scale_names", "linear.become", "api._note")],
+    [("quantize", f) for f in ("modules.hold", "modules.packing_class", "modules.become", "quantize.note_quantized")]
+    + [("dequantize", f) for f in ("modules.scale_names", "modules.become", "quantize.note_quantized")],
 )
 def test_an_interrupt_in_the_middle_of_a_layer(verb, where, adapted, monkeypatch):
     """Between the first and the last change of a module, too."""

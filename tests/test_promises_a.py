@@ -1200,7 +1200,7 @@ CALLS = {
     "load over": lambda m, p: peftlab.load(m, p),
     "snapshot": lambda m, p: peftlab.restore(m, peftlab.snapshot(m)),
     "ema_update": lambda m, p: peftlab.ema_update(peftlab.snapshot(m), m, 0.9),
-    "view": lambda m, p: peftlab.view(m),
+    "view": lambda m, p: peftlab.shared_base_copy(m),
     "deepcopy": lambda m, p: copy.deepcopy(m),
     "param_groups": lambda m, p: peftlab.param_groups(m, lr=1e-3),
     "schedule": lambda m, p: peftlab.schedule(m, torch.optim.SGD([q for q in m.parameters() if q.requires_grad], lr=0.1), total_steps=5),

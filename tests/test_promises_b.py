@@ -32,8 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.formats.file import LoadError, read, read_header
+from peftlab.formats.file import read, read_header
 from peftlab.registry import keywords, resolve
+from peftlab.support.files import LoadError
 
 METHODS = [e.name for e in peftlab.methods(aliases=False) if e.name in anywhere()]
 EVERY = [m for m in anywhere() if m not in ("corda", "eva", "fish", "lora_ga")]  # those four start from data
@@ -997,7 +998,7 @@ def test_promise_45_a_view_is_independent_on_the_same_storage():
     peftlab.wrap(model, "lora", r=2, targets=["q_proj", "v_proj"])
     randomise(model)
     want, state = model(IDS), {k: t.clone() for k, t in model.state_dict().items()}
-    other = peftlab.view(model)
+    other = peftlab.shared_base_copy(model)
     assert type(other) is type(model)
     assert torch.equal(other(IDS), want)
     base = [k for k in state if "peftlab" not in k]
@@ -1024,7 +1025,7 @@ def test_promise_45_a_view_is_independent_on_the_same_storage():
 def test_promise_45_statistics_of_a_view_are_its_own():
     torch.manual_seed(0)
     model = peftlab.wrap(WithStatistics(), "lora", r=2, targets="head").train()
-    other = peftlab.view(model)
+    other = peftlab.shared_base_copy(model)
     with unchanged(model):
         other(IDS)
     assert not torch.equal(other.batch.running_mean, model.batch.running_mean)

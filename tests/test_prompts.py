@@ -16,7 +16,8 @@ from tiny import CAUSAL, Own, batch, hf, methods_of, own, peft_of, perturb
 from torch import Tensor, nn
 
 import peftlab
-from peftlab.parts.slots import Slots, around_cache
+from peftlab.parts.token_slots import TokenSlots as Slots
+from peftlab.parts.token_slots import mask_around_cache as around_cache
 
 transformers = pytest.importorskip("transformers")
 
@@ -561,7 +562,7 @@ def test_on_a_packed_embedding(name, double, monkeypatch, tmp_path):
     ):  # fmt: skip
         with monkeypatch.context() as m:
             if name != "gemma3":
-                m.setattr("peftlab.quant.ops.dequantise", lambda p: pytest.fail(f"all of {p.format.shape} was decoded"))
+                m.setattr("peftlab.quant.products.dequantise", lambda p: pytest.fail(f"all of {p.format.shape} was decoded"))
             peftlab.wrap(packed, method, **hyper)
         peftlab.wrap(dense, method, **hyper)
         mine, yours = own(packed), own(dense)
@@ -605,7 +606,7 @@ def test_the_network_goes_and_the_outputs_stay(net, tmp_path):
     wrapped(model, "p_tuning", name="p", n=3, net=net, dim=8)
     with torch.no_grad():  # torch takes another kernel for an LSTM that is trained
         y = model(**x).logits
-        peftlab.drop_network(model)
+        peftlab.drop_reparametrization(model)
         assert torch.equal(model(**x).logits, y)
     assert [k for k in model.state_dict() if "peftlab.p." in k] == ["transformer.peftlab.p.P"]
     peftlab.save(model, tmp_path / "a.safetensors")

@@ -20,11 +20,12 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import peftlab
-from peftlab.model import layers
-from peftlab.quant import books
+from peftlab.model.packed import dense_parameter
+from peftlab.quant import codebooks as books
 from peftlab.quant import codes as C
-from peftlab.quant.api import packed_weights
-from peftlab.quant.ops import multiply
+from peftlab.quant.packed import BLOCKSIZES
+from peftlab.quant.products import multiply
+from peftlab.quant.quantize import packed_weights
 
 KINDS = ("nf4", "fp4", "int8")
 FOUR = ("nf4", "fp4")
@@ -45,7 +46,7 @@ def mlp(dim=24, bias=True):
 
 
 def dense(m, param="weight"):
-    return layers.values(m, param).detach().clone()
+    return dense_parameter(m, param).detach().clone()
 
 
 def stir(model, seed=1):
@@ -59,7 +60,7 @@ def stir(model, seed=1):
 def small(monkeypatch, tile):
     """Tiles of that many entries, whatever the input."""
     for name in ("TILE", "DECODE"):
-        monkeypatch.setattr(f"peftlab.quant.ops.{name}", tile)
+        monkeypatch.setattr(f"peftlab.quant.products.{name}", tile)
     monkeypatch.setattr("peftlab.quant.codes.DECODE", max(tile // 2, 64))
 
 
@@ -109,7 +110,7 @@ def subjects(kind, b):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("b", C.BLOCKSIZES)
+@pytest.mark.parametrize("b", BLOCKSIZES)
 @pytest.mark.parametrize("kind", FOUR)
 def test_bit_for_bit_as_bitsandbytes(kind, b):
     B = pytest.importorskip("bitsandbytes").functional
@@ -321,7 +322,7 @@ def test_an_own_compute_dtype():
     with torch.no_grad():
         model[0].peftlab.default.B.add_(randn(40, 2))
     host, m = model[0], model[0].peftlab.default
-    wanted = peftlab.model.layers.rule_of(host).affine(host, m.weight(W), b, x)
+    wanted = peftlab.model.layers.layer_rule(host).affine(host, m.weight(W), b, x)
     torch.testing.assert_close(model[0](x), wanted, rtol=0.05, atol=0.1)
 
 
@@ -550,7 +551,7 @@ def test_tensor_life(kind, double):
         pickle.loads(pickle.dumps(model)),
         torch.load(buffer, weights_only=False),
         copy.deepcopy(model).to("cpu"),
-        peftlab.view(model),
+        peftlab.shared_base_copy(model),
     ):
         assert torch.equal(twin(x), y) and [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
     for convert in (
@@ -742,7 +743,7 @@ def test_wrap_adds_the_adapter_and_nothing_else():
 
 def test_a_view_shares_codes_and_scales():
     model = stir(peftlab.wrap(peftlab.quantize(mlp(), targets="*"), "lora", r=2, targets="*"))
-    twin, x = peftlab.view(model), randn(5, 24)
+    twin, x = peftlab.shared_base_copy(model), randn(5, 24)
     for name, there in (("0.weight", packed_weights(model)), ("2.weight", packed_weights(model))):
         mine, other = there[name], packed_weights(twin)[name]
         assert all(a.data_ptr() == b.data_ptr() for a, b in zip(mine[1:], other[1:], strict=True))

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftlab
 from peftlab.quant import codes as C
-from peftlab.quant import compiled, ops
-from peftlab.quant.api import packed_weights
-from peftlab.quant.ops import multiply
+from peftlab.quant import products as ops
+from peftlab.quant.kernels import cpu as compiled
+from peftlab.quant.products import multiply
+from peftlab.quant.quantize import packed_weights
 
 KINDS = ("nf4", "fp4", "int8")
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import peftlab
-from peftlab.quant.api import packed_weights
 from peftlab.quant.codes import dequantise
+from peftlab.quant.quantize import packed_weights
 
 pytestmark = pair.pytestmark
 KINDS = ("nf4", "int8")

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import peftlab
 from peftlab.quant import format as keys
 from peftlab.quant import load
-from peftlab.quant.api import packed_weights
 from peftlab.quant.codes import dequantise, quantise
+from peftlab.quant.quantize import packed_weights
 
 KINDS = {"nf4": dict(kind="nf4"), "nf4, plain scales": dict(kind="nf4", double_quant=False), "fp4": dict(kind="fp4"), "int8": dict(kind="int8")}
 IDS = torch.arange(8)[None]

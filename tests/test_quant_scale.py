@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 
 import numpy as np
@@ -11,10 +10,11 @@ import torch
 from torch import nn
 
 import peftlab
-from peftlab.quant import api, starts
-from peftlab.quant.api import packed_weights
+from peftlab.core import ledger
+from peftlab.quant import quantize as api
+from peftlab.quant import wrap_quantized as starts
+from peftlab.quant.quantize import packed_weights
 
-wrapping = importlib.import_module("peftlab.wrap")  # peftlab.wrap is the function
 KINDS = ("nf4", "fp4", "int8")
 ALL = "one of 'nf4', 'fp4', 'int8'."
 
@@ -40,9 +40,9 @@ def test_the_model_is_not_walked_for_every_weight(name, monkeypatch):
         walks.append(model)
         return real(model)
 
-    real = wrapping.ledgers
-    for module in (wrapping, api, starts):
-        monkeypatch.setattr(module, "ledgers", counting, raising=False)
+    real = ledger.base_records
+    for module in (ledger, api, starts):
+        monkeypatch.setattr(module, "base_records", counting, raising=False)
     found = []
     for n in (2, 9):
         model = build(n)
@@ -55,10 +55,10 @@ def test_the_model_is_not_walked_for_every_weight(name, monkeypatch):
 def test_what_the_ledger_remembers_is_still_the_packed_weight():
     model = peftlab.wrap(net(), "lora", r=2, targets="*")
     peftlab.quantize(model, targets="*")
-    ledger = model.__dict__[wrapping.LEDGER]
-    assert not any(ledger.flags[f"{i}.weight"] for i in range(3))
-    assert ledger.flags["0.bias"]
-    assert not any(ledger.moved(f"{i}.weight", model[i]._parameters["weight"]) for i in range(3))
+    record = model.__dict__[ledger.RECORD_ATTRIBUTE]
+    assert not any(record.flags[f"{i}.weight"] for i in range(3))
+    assert record.flags["0.bias"]
+    assert not any(record.moved(f"{i}.weight", model[i]._parameters["weight"]) for i in range(3))
     peftlab.unwrap(model)
     assert not any(model[i]._parameters["weight"].requires_grad for i in range(3))
     assert model[0].bias.requires_grad

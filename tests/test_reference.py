@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import peftlab
-from peftlab.model import layers
+from peftlab.model import packed
 
 peft = pytest.importorskip("peft")
 transformers_conv = pytest.importorskip("transformers.pytorch_utils")
@@ -660,7 +660,7 @@ def test_loftq_start():
     other, theirs = hf_loftq(layer, alpha=4)
     model = ours_loftq(layer, alpha=4.0)
     found = own(model.layer)
-    assert torch.equal(layers.values(model.layer, "weight"), theirs.base_layer.weight)
+    assert torch.equal(packed.dense_parameter(model.layer, "weight"), theirs.base_layer.weight)
     torch.testing.assert_close(found["B"] @ found["A"], theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
     for iters in (2, 5):
@@ -681,7 +681,7 @@ def test_loftq_scale():
     plain, right, wrong = ((W - Q - k * product).norm().item() for k in (0, 1, theirs.scaling["default"]))
     assert right < 0.9 * plain < plain < wrong
     mine = ours_loftq(layer, alpha=16.0).layer
-    assert torch.equal(layers.values(mine, "weight"), Q)
+    assert torch.equal(packed.dense_parameter(mine, "weight"), Q)
     assert mine.peftlab.default.start_error == pytest.approx(right, rel=1e-4)
 
 

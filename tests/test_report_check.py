@@ -18,10 +18,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlab
-from peftlab.host import CHILD, stacks
-from peftlab.inspect.check import CheckReport, _distance, bits
-from peftlab.inspect.report import Row
-from peftlab.method import Base, Method
+from peftlab.core.base import Base
+from peftlab.core.method import Method
+from peftlab.core.preserve import checksum_bits as bits
+from peftlab.core.site import ADAPTERS_CHILD as CHILD
+from peftlab.core.stack import adapted_modules as stacks
+from peftlab.inspect.check.outputs import output_distance as _distance
+from peftlab.inspect.check.report import CheckReport
+from peftlab.inspect.report import ReportRow as Row
 
 
 class Block(nn.Module):
@@ -718,7 +722,7 @@ def test_check_puts_back_buffers_however_they_were_changed(large, monkeypatch):
             return super().forward(ids) + torch.randn(4)  # in eval too
 
     if large:
-        monkeypatch.setattr(sys.modules["peftlab.inspect.check"], "BIG", 2)
+        monkeypatch.setattr(sys.modules["peftlab.core.preserve"], "LARGE_BUFFER", 2)
     torch.manual_seed(0)
     model = peftlab.wrap(Restless(), "lora", r=2, targets="q")
     for training in (True, False):
@@ -729,24 +733,23 @@ def test_check_puts_back_buffers_however_they_were_changed(large, monkeypatch):
 
 
 def test_check_finds_what_does_not_belong_in_the_file(monkeypatch):
-    from peftlab import formats as io
-    from peftlab.formats import native
+    from peftlab.formats import save as save_file
     from peftlab.formats.file import read, write
 
-    genuine = native.save
+    genuine = save_file.save
 
     def save(model, path, **kw):
         genuine(model, path, **kw)
         header, tensors = read(path)
         write(path, tensors | {"layers.0.q.stray": torch.ones(2)}, header)
 
-    monkeypatch.setattr(io, "save", save)
+    monkeypatch.setattr(save_file, "save", save)
     with pytest.raises(peftlab.CheckError, match=r"not saved.*'layers\.0\.q\.stray'"):
         peftlab.check(peftlab.wrap(net(), "lora", r=2, targets="q"), IDS)
 
 
 def test_promise_09_an_unmerge_that_loses_a_bit_is_found(monkeypatch):
-    there = sys.modules["peftlab.inspect.check"]
+    there = sys.modules["peftlab.inspect.check.merges"]
     genuine = there.unmerge
 
     def unmerge(model, names=None):

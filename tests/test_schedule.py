@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import peftlab
-from peftlab.method import Base, Method
+from peftlab.core.adapters import adapter_modules
+from peftlab.core.base import Base
+from peftlab.core.method import Method
 from peftlab.registry import entries
-from peftlab.wrap import adapter_modules
 
 adalora = pytest.mark.skipif("adalora" not in entries(), reason="AdaLoRA is not there")
 

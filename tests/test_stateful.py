@@ -468,7 +468,7 @@ class Machine(RuleBasedStateMachine):
     def copied(self, kind):
         """Goes on with the copy; what is done to the copy must not reach the original."""
         original, before = self.model, state_of(self.model)
-        self.model = copy.deepcopy(original) if kind == "deepcopy" else peftlab.view(original)
+        self.model = copy.deepcopy(original) if kind == "deepcopy" else peftlab.shared_base_copy(original)
         assert state_of(original) == before
         self.objects = {p: id(m) for p, m in self.model.named_modules() if p in self.objects}
         self.right()

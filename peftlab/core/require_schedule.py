@@ -10,7 +10,7 @@ from torch import Tensor, nn
 SAMPLE = 16  # entries that are compared between backward passes
 
 
-def demand_schedule(method: nn.Module, tensor: Tensor, limit: int = 20) -> None:
+def require_schedule(method: nn.Module, tensor: Tensor, limit: int = 20) -> None:
     """Raise in backward once `tensor` has been stepped `limit` times while `method.scheduled` is still False.
 
     A step is a change of the tensor between two backward passes, so accumulated gradients are one. Hooks survive neither deepcopy nor

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from peftlab.model.arguments import past_in, shown_real_tokens
 from peftlab.model.caches import find_cache
-from peftlab.support.recall import Recall
+from peftlab.support.timeline import Timeline
 
 
-class Spots(nn.Module):
+class TokenPositions(nn.Module):
     """What the sites of an adapter share: the positions that the caller names for the forwards to come, if any."""
 
     def __init__(self):
         super().__init__()
-        self.where = Recall()
+        self.where = Timeline()
 
 
-def past_tokens(host: nn.Module, given: dict) -> int:
+def cached_tokens(host: nn.Module, given: dict) -> int:
     """How many tokens the cache holds before this call of a block; zero without one."""
     if find_cache(given) is None:
         return 0
@@ -51,14 +51,14 @@ def real_tokens(given: dict, h: Tensor) -> Tensor:
     return real[:, :T].expand(B, T)
 
 
-def ends(real: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+def first_and_last(real: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     """(B, T) bool, twice: the first and the last of the real tokens. A token in both belongs to the first."""
     order = real.long().cumsum(1)
     head = real & (order <= first)
     return head, real & ~head & (order > order[:, -1:] - last)
 
 
-def asked(where: Tensor, B: int, T: int, past: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+def requested_positions(where: Tensor, B: int, T: int, past: int, first: int, last: int) -> tuple[Tensor, Tensor]:
     """The same from what the caller names, for the T tokens that follow `past` ones.
 
     where: bool (rows, any length), the tokens from which first and last are counted; or integers (rows, first + last), the positions
@@ -70,7 +70,7 @@ def asked(where: Tensor, B: int, T: int, past: int, first: int, last: int) -> tu
         raise ValueError(f"{where.shape[1]} positions a row were named; the adapter edits first={first} and last={last}, {first + last} in all")
     where = where.repeat_interleave(B // len(where), 0)
     if where.dtype == torch.bool:
-        head, tail = (F.pad(m, (0, max(0, past + T - m.shape[1])))[:, past : past + T] for m in ends(where, first, last))
+        head, tail = (F.pad(m, (0, max(0, past + T - m.shape[1])))[:, past : past + T] for m in first_and_last(where, first, last))
         return head, tail
     hits = where[:, :, None] == torch.arange(past, past + T, device=where.device)
     return hits[:, :first].any(1), hits[:, first:].any(1)

@@ -15,6 +15,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from peftlab.support.files import LoadError, whole
+
 FORMAT = 1
 
 KEY = "peftlab"  # metadata entry that holds the header
@@ -22,10 +24,6 @@ KEY = "peftlab"  # metadata entry that holds the header
 CRC = "peftlab.crc"  # and its checksum
 
 NEEDED = {"peftlab": str, "adapters": list, "base": dict, "buffers": list, "included": list, "tensors": dict}
-
-
-class LoadError(ValueError):
-    """A file that cannot be used as it is, or not with this model."""
 
 
 DTYPES = {
@@ -113,17 +111,6 @@ def opened(path: str | os.PathLike) -> Iterator:
         raise LoadError(f"{str(path)!r} is a folder; give the file that save wrote, such as {str(Path(path) / 'adapter.safetensors')!r}")
     with whole(path), safetensors.safe_open(path, "pt") as f:
         yield f
-
-
-@contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[None]:
-    """LoadError where what the block reads is no safetensors file, or a damaged one."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (safetensors.SafetensorError, OSError, UnicodeDecodeError) as e:
-        raise LoadError(f"{str(path)!r} is not a whole safetensors file: {e}") from None
 
 
 def read_header(path: str | os.PathLike) -> dict:

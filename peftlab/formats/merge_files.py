@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,29 +20,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftlab.formats.file import LoadError, checksum, read_header
-from peftlab.formats.native import _class_of, _differs, _fill, _filled, _mismatch, _options, _owns, _rows_back
-from peftlab.host import SHARED, Recipe, Site, Stack, fenced_rng
-from peftlab.method import Method
+from peftlab.attach.request import WrapRequest
+from peftlab.core.merged import merged_tensors
+from peftlab.core.method import AdapterConfig, Method
+from peftlab.core.site import Site
+from peftlab.core.stack import SHARED_CHILD, AdapterStack
+from peftlab.formats.file import read_header
+from peftlab.formats.fingerprint import fingerprint_difference
+from peftlab.formats.header import rows_from_json
+from peftlab.formats.rebuild import fill_from_file, keys_of_adapter, method_class, method_in_file, mismatch_text, options_in_file
+from peftlab.formats.shards import ADDED, TRIM, Shards, ShardTensors, choose_files, copy_folder
 from peftlab.model import layers
+from peftlab.model.index import ModelIndex, join_path
 from peftlab.model.patterns import did_you_mean
-from peftlab.sites import Model, join
-from peftlab.support.progress import Progress, Tell, check_progress, told
-from peftlab.switch import _merged_tensors
-from peftlab.wrap import _Request
-
-INDEX = "model.safetensors.index.json"
-
-TRIM = 1 << 22  # bytes
-
-ADDED = "added.safetensors"  # adapted tensors that the model folder does not have, such as a new head
-
-FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")  # other copies of the weights, then out of date
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+from peftlab.support.contexts import preserved_rng
+from peftlab.support.files import LoadError
+from peftlab.support.progress import Progress, Tell, check_progress, reported
 
 
 @dataclass
@@ -98,15 +89,15 @@ def merge_files(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{str(out_dir)!r} exists and is not an empty folder")
     header = read_header(adapter)
-    chosen, inactive = _choose(header, adapter, names)
+    chosen, inactive = choose_files(header, adapter, names)
     shards = Shards(model_dir)
-    with safetensors.safe_open(adapter, "pt") as file, fenced_rng(), torch.no_grad():
-        job = _Job(header, chosen, shards, Tensors(file, header, adapter))
+    with safetensors.safe_open(adapter, "pt") as file, preserved_rng(), torch.no_grad():
+        job = _Job(header, chosen, shards, ShardTensors(file, header, adapter))
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".part", dir=out_dir.parent))
         try:
-            skipped = _copy(model_dir, part)
-            with told(progress, "merge") as tell:
+            skipped = copy_folder(model_dir, part)
+            with reported(progress, "merge") as tell:
                 rows, added = job.run(part, tell)
             if out_dir.is_dir():
                 out_dir.rmdir()
@@ -120,143 +111,22 @@ def merge_files(
     return FileMergeReport(str(out_dir), [a["name"] for a in chosen], inactive, rows, added, len(shards.files), job.largest, skipped)
 
 
-def _choose(header: dict, path: Path, names: str | Iterable[str] | None) -> tuple[list[dict], list[str]]:
-    """(adapters to merge in stacking order, names of inactive ones); methods that cannot be merged raise."""
-    there = {a["name"]: a for a in header["adapters"]}
-    asked = [names] if isinstance(names, str) else None if names is None else list(names)
-    for n in asked or ():
-        if n not in there:
-            raise LoadError(f"{str(path)!r} has no adapter {n!r}; it holds {list(there)}.{did_you_mean(n, there)}")
-    chosen = [a for n, a in there.items() if (a.get("active", True) if asked is None else n in asked)]
-    if not chosen:
-        raise ValueError(f"{str(path)!r}: none of its adapters {list(there)} is active; say which to merge")
-    for a in chosen:
-        cls = _class_of(a["method"])
-        if cls.surrounds():
-            raise ValueError(f"{a['name']!r} ({a['method']}) changes the call, not the weight, and cannot be merged")
-    return chosen, [n for n, a in there.items() if a not in chosen and not a.get("active", True)]
-
-
-def _copy(source: Path, to: Path) -> list[str]:
-    """Copy the folder but for other copies of the weights; returns what was left out."""
-    skipped = []
-    for path in sorted(source.rglob("*")):
-        rest = path.relative_to(source)
-        if path.is_dir():
-            continue
-        if path.suffix in FOREIGN or path.name.endswith((".bin.index.json",)):
-            skipped.append(str(rest))
-            continue
-        (to / rest).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, to / rest)
-    return skipped
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor's bytes lie."""
-
-    file: str
-    start: int
-    bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class Shards:
-    """The tensors of a model folder, read one at a time."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / INDEX
-        if index.is_file():
-            self.files = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
-        elif (folder / "model.safetensors").is_file():
-            self.files = ["model.safetensors"]
-        else:
-            raise FileNotFoundError(f"{str(folder)!r} has neither model.safetensors nor {INDEX}; other formats are not read")
-        self.places: dict[str, _Place] = {}
-        for name in self.files:
-            self._scan(name)
-
-    def _scan(self, name: str) -> None:
-        path = self.folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"the shard {str(path)!r}, which the index names, is missing")
-        try:
-            with safetensors.safe_open(path, "pt"):  # checks that the file is whole
-                pass
-        except (safetensors.SafetensorError, OSError) as e:
-            raise LoadError(f"{str(path)!r} is not a whole safetensors file: {e}") from None
-        with open(path, "rb") as f:
-            (size,) = struct.unpack("<Q", f.read(8))
-            table = json.loads(f.read(size))
-        for key, facts in table.items():
-            if key != "__metadata__":
-                start, end = facts["data_offsets"]
-                self.places[key] = _Place(name, 8 + size + start, end - start, DTYPES.get(facts["dtype"]), tuple(facts["shape"]))
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, as it is stored."""
-        place = self.places[key]
-        if place.dtype is None:
-            raise ValueError(f"{key!r} has a data type that cannot be merged into")
-        out = torch.empty(place.shape, dtype=place.dtype, device="cpu")
-        with open(self.folder / place.file, "rb") as f:
-            f.seek(place.start)
-            if out.numel():
-                f.readinto(out.reshape(-1).view(torch.uint8).numpy())
-        return out
-
-    def write(self, to: Path, key: str, value: Tensor) -> None:
-        """Over the tensor's bytes in a copy of the folder."""
-        place = self.places[key]
-        if tuple(value.shape) != place.shape:
-            raise ValueError(f"{key!r} has shape {place.shape} and cannot become {tuple(value.shape)}")
-        data = value.to(place.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-        with open(to / place.file, "r+b") as f:
-            f.seek(place.start)
-            f.write(data)
-
-
-class Tensors(Mapping):
-    """The adapter file's tensors, read and checked when they are asked for."""
-
-    def __init__(self, file, header: dict, path: Path):
-        self.file, self.listed, self.path = file, header["tensors"], path
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.listed:
-            raise KeyError(key)
-        dtype, shape, crc = self.listed[key]
-        t = self.file.get_tensor(key)
-        if str(t.dtype) != f"torch.{dtype}" or list(t.shape) != shape or checksum(t) != crc:
-            raise LoadError(f"{str(self.path)!r} is damaged: tensor {key!r} is not the one that was saved")
-        return t.clone()  # a view of the mapped file may be unaligned, and products of such tensors can differ in the last bit
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.listed)
-
-    def __len__(self) -> int:
-        return len(self.listed)
-
-
 class _Job:
     """The adapters of a file, laid over the tensors of a folder."""
 
-    def __init__(self, header: dict, chosen: list[dict], shards: Shards, tensors: Tensors):
+    def __init__(self, header: dict, chosen: list[dict], shards: Shards, tensors: ShardTensors):
         self.header, self.chosen, self.shards, self.tensors = header, chosen, shards, tensors
-        self.others = [_owns(a) for a in header["adapters"] if a not in chosen]
+        self.others = [keys_of_adapter(a) for a in header["adapters"] if a not in chosen]
         self.largest = self.freed = 0
         self.replacing = [*header["buffers"], *header["included"]]
         hosts: dict[str, nn.Module] = {}
         for a in chosen:
             for s in a["sites"]:
                 if s.get("tie") == "untie":
-                    raise ValueError(f"{join(s['host'], s['param'])!r} was untied, so the merged model has one tensor more: merge it in memory")
+                    raise ValueError(f"{join_path(s['host'], s['param'])!r} was untied, so the merged model has one tensor more: merge it in memory")
                 hosts.setdefault(s["host"], _stand_in(s.get("layer") or {}))
         self.hosts = hosts
-        in_place = {join(s["host"], s.get("param") or "") for a in chosen for s in a["sites"]}
+        in_place = {join_path(s["host"], s.get("param") or "") for a in chosen for s in a["sites"]}
         self.replacing += [k for k in header["tensors"] if k in in_place]  # trained in place: the file holds the base tensor itself
         self.prefix = self._find_prefix()
         self._lay_out()
@@ -279,7 +149,7 @@ class _Job:
     def _find_prefix(self) -> tuple[str, str]:
         """(what the shards put before the model's names, what the model puts before the shards'): folders of a headless or headed twin."""
         places = self.shards.places
-        wanted = [join(s["host"], s["param"]) for a in self.chosen for s in a["sites"] if s.get("param")]
+        wanted = [join_path(s["host"], s["param"]) for a in self.chosen for s in a["sites"] if s.get("param")]
         found: dict[tuple[str, str], int] = {("", ""): sum(w in places for w in wanted)}
         first = next((w for w in wanted if w not in places), None)
         if first is None:
@@ -296,15 +166,15 @@ class _Job:
     def _lay_out(self) -> None:
         """Meta tensors in the stand-in hosts; what is missing or of another shape raises, before anything is read."""
         base = self.header["base"]
-        replaced = {(s["host"], s.get("param")) for a in self.chosen if _class_of(a["method"]).replaces for s in a["sites"]}
+        replaced = {(s["host"], s.get("param")) for a in self.chosen if method_class(a["method"]).replaces for s in a["sites"]}
         for a in self.chosen:
             for s in a["sites"]:
                 host = self.hosts[s["host"]]
-                table = s["kind"] == "tensor" and s["param"] == "weight" and len(s["shape"]) == 2 and self.key(join(s["host"], "weight"))
+                table = s["kind"] == "tensor" and s["param"] == "weight" and len(s["shape"]) == 2 and self.key(join_path(s["host"], "weight"))
                 if "layer" not in s and (table or s["rule"] in ("embedding", "conv_transpose")):
                     raise ValueError(f"the file does not say how the layer {s['host']!r} is set up (padding, groups): merge it in memory")
                 for param in dict.fromkeys(p for p in (s.get("param"), s.get("bias")) if p):
-                    path = join(s["host"], param)
+                    path = join_path(s["host"], param)
                     key = self.key(path)
                     if key is not None:
                         place = self.shards.places[key]
@@ -319,7 +189,7 @@ class _Job:
     # ---- work
     def run(self, to: Path, tell: Tell) -> tuple[list[tuple[str, float]], list[str]]:
         """Write every changed tensor into the copy `to`; returns (tensor, largest change) rows and the names of added tensors."""
-        there = {join(path, param) for path, host in self.hosts.items() for param in host._parameters}
+        there = {join_path(path, param) for path, host in self.hosts.items() for param in host._parameters}
         rest = [key for key in self.replacing if key not in there]
         total = len(self.hosts) + len(rest)
         done, rows, added = 0, [], {}
@@ -333,12 +203,12 @@ class _Job:
         for path, host in self.hosts.items():
             originals = self._materialise(path, host)
             stack = self._stack(path, host)
-            for param, value in _merged_tensors(path, host, stack, list(stack.sites)):
-                changed.add(join(path, param))
+            for param, value in merged_tensors(path, host, stack, list(stack.sites)):
+                changed.add(join_path(path, param))
                 rows.append(self._put(to, path, param, originals, value, added))
                 self.largest = max(self.largest, value.numel() * value.element_size())
             for param, old in originals.items():
-                if join(path, param) in self.replacing and join(path, param) not in changed:
+                if join_path(path, param) in self.replacing and join_path(path, param) not in changed:
                     rows.append(self._put(to, path, param, originals, host._parameters[param].detach(), added))
                 if old is not None:
                     self.largest = max(self.largest, old.numel() * old.element_size())
@@ -362,7 +232,7 @@ class _Job:
         self.used.update(self.replacing)
         unconsumed = sorted(k for k in self.tensors if k not in self.used and not self._left_out(k))
         if unconsumed:
-            raise LoadError(_mismatch(unconsumed, []))
+            raise LoadError(mismatch_text(unconsumed, []))
         if added:
             save_file({k: v.contiguous() for k, v in added.items()}, to / ADDED, {"format": "pt"})
         return rows, sorted(added)
@@ -375,11 +245,11 @@ class _Job:
         """Real tensors for one host: the folder's, checked against the fingerprint, or those trained in place. Returns the folder's."""
         originals: dict[str, Tensor | None] = {}
         for param, meta in list(host._parameters.items()):
-            name = join(path, param)
+            name = join_path(path, param)
             key = self.key(name)
             old = None if key is None else self.shards.read(key)
             if old is not None and name in self.header["base"]:
-                wrong = _differs(name, self.header["base"][name], old)
+                wrong = fingerprint_difference(name, self.header["base"][name], old)
                 if wrong:
                     raise LoadError(f"this is not the base that the adapter was trained on: {wrong}")
             originals[param] = old
@@ -387,15 +257,15 @@ class _Job:
             host._parameters[param] = nn.Parameter(torch.zeros(meta.shape, dtype=meta.dtype, device="cpu") if value is None else value, requires_grad=False)
         return originals
 
-    def _stack(self, path: str, host: nn.Module) -> Stack:
+    def _stack(self, path: str, host: nn.Module) -> AdapterStack:
         """The host's adapters, built as `load` builds them."""
-        stack = Stack(read=False)
+        stack = AdapterStack(read=False)
         for name, i in self.sites[path]:
             stack.sites.setdefault(name, []).append(self.adapters[name].method(i))
         return stack
 
     def _put(self, to: Path, path: str, param: str, originals: dict, value: Tensor, added: dict) -> tuple[str, float]:
-        name, old = join(path, param), originals[param]
+        name, old = join_path(path, param), originals[param]
         if old is None:
             added[name] = value.clone()
             return name, value.float().abs().max().item() if value.numel() else 0.0
@@ -424,13 +294,13 @@ def _change(old: Tensor, new: Tensor) -> float:
 class _Adapter:
     """One adapter of a file: its sites on stand-in hosts, its recipes, and its methods, made one at a time."""
 
-    def __init__(self, entry: dict, version: str, hosts: dict[str, nn.Module], tensors: Tensors, used: set[str]):
+    def __init__(self, entry: dict, version: str, hosts: dict[str, nn.Module], tensors: ShardTensors, used: set[str]):
         self.entry, self.tensors, self.used = entry, tensors, used
-        cls: type[Method] = _class_of(entry["method"])
-        hypers = [_options(cls, s, version) for s in entry["settings"]]
+        cls: type[Method] = method_class(entry["method"])
+        hypers = [options_in_file(cls, s, version) for s in entry["settings"]]
         self.sites = [_site(hosts[s["host"]], s) for s in entry["sites"]]
-        view = Model.of(nn.Module())
-        request = _Request(
+        view = ModelIndex.of(nn.Module())
+        request = WrapRequest(
             view,
             cls,
             entry["method"],
@@ -443,21 +313,21 @@ class _Adapter:
             None,
             {},
         )
-        self.recipes: list[Recipe] = list(request.recipes("cpu"))
+        self.recipes: list[AdapterConfig] = list(request.recipes("cpu"))
         common = self.recipes[0].common
         if common is not None:
             missing: list[str] = []
-            _fill(common, f"{join(SHARED, entry['name'])}.", tensors, used, missing, torch.device("cpu"), None)
+            fill_from_file(common, f"{join_path(SHARED_CHILD, entry['name'])}.", tensors, used, missing, torch.device("cpu"), None)
             if missing:
-                raise LoadError(_mismatch([], missing))
+                raise LoadError(mismatch_text([], missing))
 
     def method(self, i: int) -> tuple[Site, Method]:
         """Site number i, whose host now has real tensors, and its method with the file's tensors."""
         missing: list[str] = []
         facts = self.entry["sites"][i]
-        method = _filled(self.sites[i], self.recipes[i], facts, self.entry["name"], self.tensors, self.used, missing, None)
+        method = method_in_file(self.sites[i], self.recipes[i], facts, self.entry["name"], self.tensors, self.used, missing, None)
         if missing:
-            raise LoadError(_mismatch([], missing))
+            raise LoadError(mismatch_text([], missing))
         object.__setattr__(method, "site", self.sites[i])  # it was built on a site without values
         method.eval()
         return self.sites[i], method
@@ -480,10 +350,7 @@ def _site(host: nn.Module, facts: dict) -> Site:
     if facts["rule"] not in RULES:
         raise ValueError(f"{facts['host']!r}: a layer of the kind {facts['rule']!r} has no weight on disk that could be merged into")
     return Site(
-        host, join(facts["host"], facts.get("key", "")), facts.get("key", ""), facts["kind"], facts.get("param"), facts.get("bias"),
-        RULES[facts["rule"]], _rows_back(facts.get("rows")), _rows_back(facts.get("bias_rows")), facts.get("expert"),
+        host, join_path(facts["host"], facts.get("key", "")), facts.get("key", ""), facts["kind"], facts.get("param"), facts.get("bias"),
+        RULES[facts["rule"]], rows_from_json(facts.get("rows")), rows_from_json(facts.get("bias_rows")), facts.get("expert"),
         facts.get("transposed", False), True, n_out=facts["size"][0], n_in=facts["size"][1], shape=tuple(facts["shape"]),
     )  # fmt: skip
-
-
-__all__ = ["FileMergeReport", "merge_files"]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from peftlab.host import Site, Stack, bare, original_class, stacks
-from peftlab.method import Method
+from peftlab.core.adapters import adapter_modules, overrides_hook, site_path, trained_tensors
+from peftlab.core.ledger import base_records
+from peftlab.core.method import Method
+from peftlab.core.site import Site
+from peftlab.core.stack import AdapterStack, adapted_modules
 from peftlab.model import layers
+from peftlab.model.index import ModelIndex, ensure_module
+from peftlab.model.packed import QuantizedModule, dense_meta
 from peftlab.model.patterns import matches
-from peftlab.sites import Model, ensure_module
+from peftlab.model.walk import original_class, unwrap_parallel
 from peftlab.support.table import table
-from peftlab.wrap import adapter_modules, ledgers, place
+from peftlab.support.text import list_names, without_numbers
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One method at one site, or one module that the sites of an adapter share (`mode` is "shared").
 
     `used` says whether the last backward reached it: None while no adapter of the model holds a gradient. `grad_norm` is the
@@ -45,10 +49,10 @@ class Row:
     note: str = ""
 
 
-class Report(list[Row]):
+class Report(list[ReportRow]):
     """Rows of `report`, with the model's totals in parameter entries. Printing it shows a table in which repeated layers are one line."""
 
-    def __init__(self, rows: Iterable[Row], trainable: int, total: int, elsewhere: Iterable[str] = ()):
+    def __init__(self, rows: Iterable[ReportRow], trainable: int, total: int, elsewhere: Iterable[str] = ()):
         super().__init__(rows)
         self.parameters = sum(r.parameters for r in self)  # entries that adapters hold
         self.trainable = trainable  # entries of the model that require grad, adapters or not
@@ -58,11 +62,11 @@ class Report(list[Row]):
     def __repr__(self) -> str:
         if not self:
             return f"no adapters; {self._totals()}"
-        groups: dict[tuple, list[Row]] = {}
+        groups: dict[tuple, list[ReportRow]] = {}
         for r in self:
             state = (r.active, r.merged, r.trainable, r.used, r.mode)
-            groups.setdefault((repeated(r.path), r.method, r.name, r.r, r.scale, r.dtype, str(r.device), *state), []).append(r)
-        lines = [_line(rows) for rows in groups.values()]
+            groups.setdefault((without_numbers(r.path), r.method, r.name, r.r, r.scale, r.dtype, str(r.device), *state), []).append(r)
+        lines = [_report_line(rows) for rows in groups.values()]
         keep = [i for i in range(len(HEAD)) if i < 4 or any(line[i] not in ("", "-") for line in lines)]
         right = [j for j, i in enumerate(keep) if HEAD[i] in ("sites", "r", "scale", "parameters", "grad norm")]
         return f"{table([HEAD[i] for i in keep], [[line[i] for i in keep] for line in lines], right)}\n{self._totals()}"
@@ -70,15 +74,15 @@ class Report(list[Row]):
     def _totals(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
         text = f"trainable {self.trainable:,} of {self.total:,} ({share:.3f} %)"
-        return f"{text}; outside adapters: {listed(self.elsewhere, 3)}" if self.elsewhere else text
+        return f"{text}; outside adapters: {list_names(self.elsewhere, 3)}" if self.elsewhere else text
 
 
 HEAD = ("path", "sites", "method", "name", "r", "scale", "dtype", "device", "state", "parameters", "used", "grad norm", "mode", "note")
 
 
-def _line(rows: list[Row]) -> tuple[str, ...]:
+def _report_line(rows: list[ReportRow]) -> tuple[str, ...]:
     r = rows[0]
-    path = r.path if len(rows) == 1 else repeated(r.path)
+    path = r.path if len(rows) == 1 else without_numbers(r.path)
     state = "merged" if r.merged else "active" if r.active else "off"
     state += ", frozen" if r.parameters and not r.trainable else ""
     norms = [x.grad_norm for x in rows if x.grad_norm is not None]
@@ -89,17 +93,6 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
     kind = ("-" if r.dtype is None else str(r.dtype).removeprefix("torch."), str(r.device or "-"))
     facts = (*size, *kind, state, f"{sum(x.parameters for x in rows):,}")
     return (path or "(root)", str(len(rows)), r.method, r.name, *facts, {None: "-", True: "yes", False: "no"}[r.used], span, r.mode, note)
-
-
-def listed(names: Sequence[str], limit: int = 20) -> str:
-    """Names for a message, the first of them where there are many."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
-
-
-def repeated(path: str) -> str:
-    """A path with its numbered components as #, the same for all blocks of a stack."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
 
 
 def report(model: nn.Module) -> Report:
@@ -115,48 +108,36 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: when `model` is not a module.
     """
-    root = bare(ensure_module(model))
+    root = unwrap_parallel(ensure_module(model))
     named = dict(root.named_parameters())
     own: set[int] = set()
-    here = {id(m): stack for _, _, stack in stacks(root) for pairs in stack.sites.values() for _, m in pairs}
-    view = Model.of(root) if here else None
-    asked = {n: a.get("targets") for _, _, ledger in ledgers(root) for n, a in ledger.targets.items()}
+    here = {id(m): stack for _, _, stack in adapted_modules(root) for pairs in stack.sites.values() for _, m in pairs}
+    view = ModelIndex.of(root) if here else None
+    asked = {n: a.get("targets") for _, _, ledger in base_records(root) for n, a in ledger.targets.items()}
     there = adapter_modules(root)
-    any_grad = any(t.grad is not None for _, _, s, m in there for t in tensors_of(s, m).values())
+    any_grad = any(t.grad is not None for _, _, s, m in there for t in trained_tensors(s, m).values())
     labels = {name: m.recipe.label for name, _, s, m in there if s is not None}
     active = {n for stack in here.values() for n in stack.active}
     rows = []
     for name, path, site, m in there:
-        found = tensors_of(site, m)
+        found = trained_tensors(site, m)
         own |= {id(t) for t in found.values()}
-        facts = _facts(m, found, any_grad)
+        facts = _method_facts(m, found, any_grad)
         if site is not None:
             stack = here[id(m)]
-            where = dict(mode=mode_of(view, stack, site, m), pattern=_meant(asked.get(name), site), note=_note(m))
-            rows.append(Row(place(name, path, site), m.recipe.label, name, active=name in stack.active, merged=name in stack.merged, **facts, **where))
+            where = dict(mode=mode_of(view, stack, site, m), pattern=_base_elsewhere(asked.get(name), site), note=_site_note(m))
+            rows.append(ReportRow(site_path(name, path, site), m.recipe.label, name, active=name in stack.active, merged=name in stack.merged, **facts, **where))
         elif facts["dtype"] is not None:
-            where = dict(mode="shared", pattern="", note=_shared_note(m))
-            rows.append(Row(path, labels.get(name, "-"), name, active=name in active, merged=False, **facts, **where))
+            where = dict(mode="shared", pattern="", note=_shared_module_note(m))
+            rows.append(ReportRow(path, labels.get(name, "-"), name, active=name in active, merged=False, **facts, **where))
     params = list(named.values())
     elsewhere = [k for k, p in named.items() if p.requires_grad and id(p) not in own]
-    packed = [(m, n) for m in root.modules() if isinstance(m, layers.Quantised) for n in m.peftlab_formats]
-    total = sum(p.numel() for p in params) + sum(layers.outline(m, n).numel() - m._parameters[n].numel() for m, n in packed)
+    packed = [(m, n) for m in root.modules() if isinstance(m, QuantizedModule) for n in m.peftlab_formats]
+    total = sum(p.numel() for p in params) + sum(dense_meta(m, n).numel() - m._parameters[n].numel() for m, n in packed)
     return Report(rows, sum(p.numel() for p in params if p.requires_grad), total, elsewhere)
 
 
-def tensors_of(site: Site | None, m: nn.Module) -> dict[str, Tensor]:
-    """The parameters of an adapter's module by name; an in-place method's is the base tensor that it trains."""
-    if site is not None and m.in_place:
-        return {site.param: site.raw_tensor}
-    return dict(m.named_parameters())
-
-
-def acts(m: nn.Module, hook: str) -> bool:
-    """Whether this method gives one of the optional hooks of the protocol, such as "step" or "penalty"."""
-    return isinstance(m, Method) and getattr(type(m), hook, None) is not getattr(Method, hook, None)
-
-
-def _facts(m: nn.Module, found: dict[str, Tensor], any_grad: bool) -> dict:
+def _method_facts(m: nn.Module, found: dict[str, Tensor], any_grad: bool) -> dict:
     some = next(iter(found.values()), None)
     some = next(m.buffers(), None) if some is None else some
     grads = [p.grad for p in found.values() if p.grad is not None]
@@ -169,7 +150,7 @@ def _facts(m: nn.Module, found: dict[str, Tensor], any_grad: bool) -> dict:
     return kind | dict(trainable=trainable, parameters=sum(p.numel() for p in found.values()), used=used, grad_norm=norm)
 
 
-def _meant(targets, site: Site) -> str:
+def _base_elsewhere(targets, site: Site) -> str:
     """The pattern of the call that meant this site; those that a file's header cannot hold are known by their spelling alone."""
     if targets is None:
         return "(default)"
@@ -178,24 +159,24 @@ def _meant(targets, site: Site) -> str:
     return (hits or patterns)[0] if hits or len(patterns) == 1 else ""
 
 
-def _note(m: Method) -> str:
+def _site_note(m: Method) -> str:
     out = []
     if getattr(m, "start_error", None) is not None:
         floor = getattr(m, "start_floor", None)
         out.append(f"start error {m.start_error:.3g}" + ("" if floor is None else f" (at least {floor:.3g})"))
-    if (acts(m, "step") or acts(m, "penalty")) and not m.scheduled:
+    if (overrides_hook(m, "step") or overrides_hook(m, "penalty")) and not m.scheduled:
         out.append("not scheduled")
     if any(t.is_meta for t in m.state_dict(keep_vars=True).values()):
         out.append("start values still to come")
     return "; ".join(out)
 
 
-def _shared_note(m: nn.Module) -> str:
+def _shared_module_note(m: nn.Module) -> str:
     fixed = sum(b.numel() for b in m.buffers())
     return f"{fixed:,} fixed entries" if fixed else ""
 
 
-def mode_of(view: Model, stack: Stack, site: Site, m: Method) -> str:
+def mode_of(view: ModelIndex, stack: AdapterStack, site: Site, m: Method) -> str:
     """How the site's change is seen: "call" on the fast path, else the way and in brackets the reason."""
     if m.in_place:
         return "in place"
@@ -209,7 +190,7 @@ def mode_of(view: Model, stack: Stack, site: Site, m: Method) -> str:
     return "call" if type(m).forward is not Method.forward else "call (dense: the method is its definition alone)"
 
 
-def _why_read(view: Model, site: Site) -> str:
+def _why_read(view: ModelIndex, site: Site) -> str:
     host = site.host
     cls = original_class(host)
     if isinstance(host, nn.MultiheadAttention):
@@ -225,6 +206,6 @@ def _why_read(view: Model, site: Site) -> str:
         return "the method takes one tensor"
     if site.rule.name == "matrix":
         return "a raw parameter"
-    if not layers.surrounds(host, cls):
+    if not layers.runs_registered_forward(host, cls):
         return f"{cls.__name__} has a forward or settings of its own"
     return "asked for by read=" if site.read_only else "another adapter here is read"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.token_positions import Spots
-from peftlab.sites import ensure_module
-from peftlab.wrap import adapter_modules, which
+from peftlab.core.adapters import adapter_modules, select_adapters
+from peftlab.core.token_positions import TokenPositions
+from peftlab.model.index import ensure_module
 
 
 @contextlib.contextmanager
@@ -31,9 +31,9 @@ def positions(model: nn.Module, where: Tensor, names: str | Iterable[str] | None
     """
     if not isinstance(where, Tensor) or where.ndim != 2 or where.is_floating_point() or where.is_complex():
         raise TypeError("where: a tensor (batch, length) of bool, or (batch, first + last) of whole numbers")
-    found = [m for _, _, site, m in adapter_modules(ensure_module(model), which(model, names)) if site is None and isinstance(m, Spots)]
+    found = [m for _, _, site, m in adapter_modules(ensure_module(model), select_adapters(model, names)) if site is None and isinstance(m, TokenPositions)]
     if not found:
-        raise ValueError(f"no adapter of {which(model, names)} edits chosen tokens")
+        raise ValueError(f"no adapter of {select_adapters(model, names)} edits chosen tokens")
     before = [m.where.get() for m in found]
     try:
         for m in found:

@@ -7,18 +7,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from peftlab.attach.calibrate import run
-from peftlab.attend import Attend
-from peftlab.host import SHARED, Recipe, Site, bare, fenced_rng, stacks, walk
-from peftlab.method import Method
+from peftlab.attach.build import finish_method
+from peftlab.core.adapters import refuse_inside_blocks, select_adapters
+from peftlab.core.attention import AttentionMode
+from peftlab.core.build import build_method
+from peftlab.core.method import AdapterConfig, Method
+from peftlab.core.site import Site
+from peftlab.core.stack import SHARED_CHILD, adapted_modules
+from peftlab.manage.switch import disabled
+from peftlab.model.index import ensure_module
 from peftlab.model.patterns import did_you_mean
-from peftlab.parts.prefix import as_features
-from peftlab.sites import ensure_module
-from peftlab.switch import disabled
-from peftlab.wrap import finish, outside_disabled, which
+from peftlab.model.walk import named_base_modules, unwrap_parallel
+from peftlab.parts.prefix import to_features
+from peftlab.support.batches import call_with_batch
+from peftlab.support.contexts import preserved_rng
 
 
-def drop_network(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
+def drop_reparametrization(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
     """Keep what the networks of these adapters (all that have one) make, and take the networks away; returns the model.
 
     The adapters are then those of the same method without a network (`net=False`, `net="none"`), in files too: smaller, with equal outputs.
@@ -27,32 +32,32 @@ def drop_network(model: nn.Module, names: str | Iterable[str] | None = None) -> 
     Raises:
         ValueError: for adapters that have no network; the model is then unchanged.
     """
-    outside_disabled(ensure_module(model))
-    root = bare(model)
-    chosen = which(root, names)
-    found = [(stack, name, stack.sites[name]) for _, _, stack in stacks(root) for name in stack.order if name in chosen]
-    able = {name for _, name, pairs in found for _, m in pairs if _plain(m) is not None}
+    refuse_inside_blocks(ensure_module(model))
+    root = unwrap_parallel(model)
+    chosen = select_adapters(root, names)
+    found = [(stack, name, stack.sites[name]) for _, _, stack in adapted_modules(root) for name in stack.order if name in chosen]
+    able = {name for _, name, pairs in found for _, m in pairs if _own_tensors(m) is not None}
     unable = [n for n in chosen if n not in able]
     if not able or (names is not None and unable):
         raise ValueError(f"{unable or chosen} have no network that makes their tensors, or none any more")
-    recipes: dict[int, Recipe] = {}
-    with torch.no_grad(), fenced_rng():
-        new = [(stack, name, [(s, _without(s, m, recipes)) for s, m in pairs]) for stack, name, pairs in found if name in able]
+    recipes: dict[int, AdapterConfig] = {}
+    with torch.no_grad(), preserved_rng():
+        new = [(stack, name, [(s, _plain_method(s, m, recipes)) for s, m in pairs]) for stack, name, pairs in found if name in able]
     for stack, name, pairs in new:
         acting, order = stack.active, list(stack.sites)
         stack.add(name, pairs)
         stack.sites = {n: stack.sites[n] for n in order}
         stack.set_active(acting)
-    for _, m in list(walk(root)):
-        holder = m._modules.get(SHARED)
+    for _, m in list(named_base_modules(root)):
+        holder = m._modules.get(SHARED_CHILD)
         for name in able if holder is not None else ():
             holder._modules.pop(name, None)
         if holder is not None and not holder._modules:
-            del m._modules[SHARED]
+            del m._modules[SHARED_CHILD]
     return model
 
 
-def _plain(m: Method) -> tuple[dict, dict[str, Tensor]] | None:
+def _own_tensors(m: Method) -> tuple[dict, dict[str, Tensor]] | None:
     """What the method says of itself without a network; None where it has none."""
     tell = getattr(m, "without_network", None)
     if tell is None:
@@ -62,14 +67,14 @@ def _plain(m: Method) -> tuple[dict, dict[str, Tensor]] | None:
     return None if defaults == hyper else (hyper, tensors)
 
 
-def _without(site: Site, m: Method, recipes: dict[int, Recipe]) -> Method:
+def _plain_method(site: Site, m: Method, recipes: dict[int, AdapterConfig]) -> Method:
     hyper, tensors = m.without_network()
     old = m.recipe
     if id(old) not in recipes:
-        recipes[id(old)] = Recipe(old.cls, old.label, {**old.hyper, **hyper}, old.name, old.seed)
-    fresh = recipes[id(old)].build(site)
+        recipes[id(old)] = AdapterConfig(old.cls, old.label, {**old.hyper, **hyper}, old.name, old.seed)
+    fresh = build_method(recipes[id(old)], site)
     some = next(m.parameters(), None)
-    finish(fresh, site, torch.float32 if some is None else some.dtype)
+    finish_method(fresh, site, torch.float32 if some is None else some.dtype)
     for name, value in tensors.items():
         getattr(fresh, name).copy_(value).requires_grad_(any(p.requires_grad for p in m.parameters()))
     fresh.train(m.training)
@@ -88,20 +93,20 @@ def prefix_from(model: nn.Module, batch, name: str = "default", source: str | No
         ValueError: for an adapter that is no plain prefix, too short a text, or another layer of other widths; the model is then unchanged.
     """
     ensure_module(model)
-    (name,) = which(model, name)
-    pairs = [(s, m) for _, _, stack in stacks(model) for s, m in stack.sites.get(name, ()) if getattr(m, "K", None) is not None]
+    (name,) = select_adapters(model, name)
+    pairs = [(s, m) for _, _, stack in adapted_modules(model) for s, m in stack.sites.get(name, ()) if getattr(m, "K", None) is not None]
     if not pairs:
-        raise ValueError(f"{name!r} holds no keys and values of its own: prefix_tuning with net=False does (or drop_network it first)")
-    at = dict(walk(bare(model)))
+        raise ValueError(f"{name!r} holds no keys and values of its own: prefix_tuning with net=False does (or drop_reparametrization it first)")
+    at = dict(named_base_modules(unwrap_parallel(model)))
     if source is not None and source not in at:
         raise ValueError(f"source={source!r} is no module of this model.{did_you_mean(source, list(at))}")
     hosts = {id(s.host): s.host for s, _ in pairs} if source is None else {id(at[source]): at[source]}
-    seen = _recorded(model, batch, list(hosts.values()))
+    seen = _recorded_keys(model, batch, list(hosts.values()))
     new = []
     for s, m in pairs:
         k, v = seen[id(s.host if source is None else at[source])]
         for t, mine in ((k, m.K), (v, m.V)):
-            rows = as_features(t, mine.shape[1])
+            rows = to_features(t, mine.shape[1])
             if rows is None or rows.shape[0] < mine.shape[0]:
                 raise ValueError(f"{s.path!r} needs {tuple(mine.shape)}, but attention gave {tuple(t.shape)}: take a longer text, or another source")
             new.append((mine, rows[: mine.shape[0]]))
@@ -111,17 +116,17 @@ def prefix_from(model: nn.Module, batch, name: str = "default", source: str | No
     return model
 
 
-def _recorded(model: nn.Module, batch, hosts: list[nn.Module]) -> dict[int, tuple[Tensor, Tensor]]:
+def _recorded_keys(model: nn.Module, batch, hosts: list[nn.Module]) -> dict[int, tuple[Tensor, Tensor]]:
     """The keys and values that each module's first attention call got, as the base computes them."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-    modes: list[Attend] = []
+    modes: list[AttentionMode] = []
 
     def enter(m, *_):
         def change(run, q, k, v, options):
             seen.setdefault(id(m), (k.detach(), v.detach()))
             return run(q, k, v, **options)
 
-        modes.append(Attend(change))
+        modes.append(AttentionMode(change))
         modes[-1].__enter__()
 
     def leave(*_):
@@ -132,7 +137,7 @@ def _recorded(model: nn.Module, batch, hosts: list[nn.Module]) -> dict[int, tupl
     try:
         model.eval()
         with torch.no_grad(), disabled(model):
-            run(model, batch)
+            call_with_batch(model, batch)
     finally:
         for h in handles:
             h.remove()

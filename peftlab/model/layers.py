@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from peftlab.model.packed import QuantizedModule, dense_meta, is_foreign_tensor
 
 THICK = 64  # rows from which on a matrix is not thin (measured on CPU with ranks 8 to 256)
 
@@ -22,70 +23,12 @@ class NeedsWeight(ValueError):
     """A method asked an opaque layer for weight values that it does not give."""
 
 
-class Quantised:
-    """Marks the classes that `quantize` makes: some parameters hold codes, and `packed` tells what these stand for."""
-
-    _packed_rule: Rule | None = None  # of a layer whose call works on the codes; the others are read
-    _packed_flip = False  # the codes are those of the transposed parameter
-    peftlab_formats: dict  # parameter -> facts: shape and dtype of the dense tensor, ...
-
-    def peftlab_dense(self, param: str, kept: dict[str, Tensor]) -> Tensor:
-        """The values of a parameter in its raw layout; `kept` has tensors by name that take the place of the module's own."""
-        raise NotImplementedError
-
-
-def holds_codes(m: nn.Module, param: str | None) -> bool:
-    """Whether this parameter is packed (it is not while adapters are merged onto its dense form)."""
-    return isinstance(m, Quantised) and param in m.peftlab_formats and not m._parameters[param].is_floating_point()
-
-
-def autocasting(device: torch.device) -> bool:
+def is_autocasting(device: torch.device) -> bool:
     """Whether autocast is on for a device; meta has none, and torch raises when asked."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def values(m: nn.Module, param: str) -> Tensor:
-    """A parameter in its raw layout: itself, or what its codes stand for."""
-    return m.peftlab_dense(param, {}) if holds_codes(m, param) else m._parameters[param]
-
-
-def outline(m: nn.Module, param: str) -> Tensor | None:
-    """A tensor of the shape and dtype of `values`, without them where the parameter is packed."""
-    if not holds_codes(m, param):
-        return m._parameters.get(param)
-    form = m.peftlab_formats[param]
-    W = torch.empty(form.shape, dtype=form.out, device="meta")
-    return W.t() if m._packed_flip else W
-
-
-def foreign(t: Tensor | None) -> bool:
-    """Whether a tensor is another library's wrapper around packed ones (torchao, quanto, torch's semi-structured sparsity).
-
-    It has the shape and dtype of a dense tensor, and a linear takes it, but most operations on it raise.
-    """
-    if t is None or type(t) in (Tensor, nn.Parameter):
-        return False
-    if type(t).__name__ == "DTensor":
-        return foreign(t._local_tensor)
-    return is_traceable_wrapper_subclass(t)
-
-
-def contents(t: Tensor) -> list[Tensor]:
-    """The plain tensors that hold a tensor's values: itself, or what a foreign one wraps."""
-    return [u for name in t.__tensor_flatten__()[0] for u in contents(getattr(t, name))] if foreign(t) else [t]
-
-
-def unwrapped(t: Tensor) -> Tensor | None:
-    """A plain tensor of the same values; None where a foreign one does not give them."""
-    if not foreign(t):
-        return t
-    try:
-        return t.dequantize()
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return None
-
-
-class Rule:
+class LayerRule:
     """How to see a raw parameter as a matrix, and how to run the layer with another one."""
 
     name = "matrix"
@@ -95,7 +38,7 @@ class Rule:
     call = False  # the layer can be run functionally, so that a method may surround the call
     linear = True  # output is linear in the weight
 
-    def __new__(cls) -> Rule:
+    def __new__(cls) -> LayerRule:
         """One object a class, so that copies of a model (deepcopy, pickle) hold the very rule."""
         if "_one" not in cls.__dict__:
             cls._one = super().__new__(cls)
@@ -140,11 +83,11 @@ class Rule:
         return y
 
 
-class Matrix(Rule):
+class Matrix(LayerRule):
     """A raw parameter that is only ever read."""
 
 
-class Linear(Rule):
+class Linear(LayerRule):
     name, pointwise, call = "linear", True, True
 
     def affine(self, m, W, b, x):
@@ -182,7 +125,7 @@ class Conv1D(Linear):
         return W.t()
 
 
-def computed(m: nn.Module) -> str:
+def how_to_make_plain(m: nn.Module) -> str:
     """How to make the weight of this layer a plain parameter, where torch computes it from other ones ("" where it does not)."""
     if torch.nn.utils.parametrize.is_parametrized(m, "weight"):
         return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
@@ -193,7 +136,7 @@ def computed(m: nn.Module) -> str:
 
 def why_opaque(m: nn.Module) -> str:
     """What stands between a method and this layer's weight, and the remedy if there is one."""
-    cure = computed(m)
+    cure = how_to_make_plain(m)
     return (
         f"computes its weight from other parameters and only offers a call; {cure} makes it a plain layer" if cure else "keeps its weight packed and only offers a call"
     )
@@ -216,7 +159,7 @@ class Opaque(Linear):
         return None
 
 
-class Conv(Rule):
+class Conv(LayerRule):
     """Conv1d, 2d and 3d with groups, stride, dilation and every padding mode: the layer's own `_conv_forward` does the work."""
 
     name, call = "conv", True
@@ -265,7 +208,7 @@ class ConvTranspose(Conv):
         return conv(x, raw, None if b is None else b.to(x.dtype), m.stride, m.padding, pad, m.groups, m.dilation)
 
 
-class Embedding(Rule):
+class Embedding(LayerRule):
     """A lookup of the columns of the canonical matrix (dim, num_embeddings)."""
 
     name, bias, call = "embedding", None, True
@@ -283,10 +226,10 @@ class Embedding(Rule):
         # A lookup has no activation dtype of its own: it takes the frozen table's. Cast the rows, not the table.
         y = F.embedding(x, W.t(), m.padding_idx)
         y = self.finish(m, y, x)
-        return y.to(outline(m, "weight").dtype)
+        return y.to(dense_meta(m, "weight").dtype)
 
     def apply(self, m, M, x):
-        return F.embedding(x, M.t()).to(outline(m, "weight").dtype)
+        return F.embedding(x, M.t()).to(dense_meta(m, "weight").dtype)
 
     def finish(self, m, y, x):
         if m.padding_idx is None:
@@ -314,7 +257,7 @@ class Bilinear(Matrix):
 
 MATRIX, LINEAR, CONV1D, OPAQUE = Matrix(), Linear(), Conv1D(), Opaque()
 
-RULES: dict[type, Rule] = {
+RULES: dict[type, LayerRule] = {
     nn.Linear: LINEAR,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Conv()),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTranspose()),
@@ -327,7 +270,7 @@ def is_hf_conv1d(cls: type) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
 
 
-def _registered(cls: type) -> tuple[type, Rule] | None:
+def _registered(cls: type) -> tuple[type, LayerRule] | None:
     for c in cls.__mro__:
         if c in RULES:
             return c, RULES[c]
@@ -341,21 +284,21 @@ def is_opaque_linear(m: nn.Module) -> bool:
     n_in, n_out = getattr(m, "in_features", None), getattr(m, "out_features", None)
     if not (isinstance(n_in, int) and isinstance(n_out, int)) or isinstance(m, nn.Bilinear):
         return False
-    W = outline(m, "weight")
-    return W is None or not W.is_floating_point() or tuple(W.shape) != (n_out, n_in) or foreign(W)
+    W = dense_meta(m, "weight")
+    return W is None or not W.is_floating_point() or tuple(W.shape) != (n_out, n_in) or is_foreign_tensor(W)
 
 
-def rule_of(m: nn.Module) -> Rule | None:
+def layer_rule(m: nn.Module) -> LayerRule | None:
     """The rule of this layer's main weight, or None where the layer has none.
 
     A subclass with a forward of its own keeps the rule's view of the weight, but `surrounds` says that it must be read.
     """
-    if isinstance(m, Quantised) and m._packed_rule is not None:
+    if isinstance(m, QuantizedModule) and m._packed_rule is not None:
         return m._packed_rule
     if is_opaque_linear(m):
         return OPAQUE
-    W = outline(m, "weight")
-    if foreign(W):
+    W = dense_meta(m, "weight")
+    if is_foreign_tensor(W):
         return None  # neither a linear's call nor values that can be read
     found = _registered(type(m))
     if found and isinstance(m._parameters.get("weight"), Tensor):
@@ -366,15 +309,15 @@ def rule_of(m: nn.Module) -> Rule | None:
     return None
 
 
-def surrounds(m: nn.Module, cls: type) -> bool:
+def runs_registered_forward(m: nn.Module, cls: type) -> bool:
     """Whether the layer runs its registered class's forward unchanged, so that the rule's functional form is its operation."""
-    if is_opaque_linear(m) or (isinstance(m, Quantised) and m._packed_rule is not None):
+    if is_opaque_linear(m) or (isinstance(m, QuantizedModule) and m._packed_rule is not None):
         return True
     found = _registered(cls)
     return found is not None and cls.forward is found[0].forward and found[1].ready(m)
 
 
-def features(m: nn.Module, rule: Rule, raw: Tensor | None) -> tuple[int, int]:
+def matrix_shape(m: nn.Module, rule: LayerRule, raw: Tensor | None) -> tuple[int, int]:
     """(n_out, n_in) without touching values."""
     if rule is OPAQUE:
         return m.out_features, m.in_features
@@ -395,5 +338,5 @@ def is_norm(m: nn.Module) -> bool:
 
 def adds_residual(m: nn.Module) -> bool:
     """Whether a module is one layer and then one norm, which BERT calls with the sub-layer's input as well: norm(layer(h) + x)."""
-    kinds = ["layer" if isinstance(rule_of(c), Linear) else "norm" for c in m._modules.values() if c is not None and (is_norm(c) or rule_of(c) is not None)]
+    kinds = ["layer" if isinstance(layer_rule(c), Linear) else "norm" for c in m._modules.values() if c is not None and (is_norm(c) or layer_rule(c) is not None)]
     return kinds == ["layer", "norm"] and type(m).forward is not nn.Sequential.forward

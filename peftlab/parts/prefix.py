@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def as_heads(K: Tensor, like: Tensor, path: str = "") -> Tensor:
+def to_heads(K: Tensor, like: Tensor, path: str = "") -> Tensor:
     """K (n, w) or (B, n, w) as heads (..., H, n, D) beside `like` (..., H, S, D); fewer heads are repeated as grouped queries do."""
     n, w = K.shape[-2:]
     D = like.shape[-1]
@@ -18,7 +18,7 @@ def as_heads(K: Tensor, like: Tensor, path: str = "") -> Tensor:
         raise ValueError(f"virtual keys of {w} features do not divide into heads of {D} at {path!r}: say width=, the features of all key heads together")
     heads = K.to(like.dtype).reshape(*K.shape[:-1], w // D, D).transpose(-3, -2)
     if like.ndim < 4:
-        return _without_head_axis(heads, like, path)
+        return _to_flat_heads(heads, like, path)
     H = like.shape[-3]
     if H % heads.shape[-3]:
         raise ValueError(f"virtual keys for {heads.shape[-3]} heads, attention at {path!r} runs with {H}: say width=, the features of all key heads together")
@@ -29,7 +29,7 @@ def as_heads(K: Tensor, like: Tensor, path: str = "") -> Tensor:
     return heads.expand(*like.shape[:-2], n, D)
 
 
-def _without_head_axis(heads: Tensor, like: Tensor, path: str) -> Tensor:
+def _to_flat_heads(heads: Tensor, like: Tensor, path: str) -> Tensor:
     """The same for attention on (B * H, S, D), or (B, S, D) with one head."""
     h, n, D = heads.shape[-3:]
     if like.ndim == 2:
@@ -40,7 +40,7 @@ def _without_head_axis(heads: Tensor, like: Tensor, path: str) -> Tensor:
     return rows.reshape(-1, n, D)
 
 
-def as_features(k: Tensor, w: int) -> Tensor | None:
+def to_features(k: Tensor, w: int) -> Tensor | None:
     """Keys (..., H, S, D) of a call, as (S, w) of its first row: heads that were repeated for grouped queries are taken once. None if w does not fit."""
     while k.ndim > 3:
         k = k[0]
@@ -50,17 +50,17 @@ def as_features(k: Tensor, w: int) -> Tensor | None:
     return k.reshape(H, S, D)[:: H // (w // D)].transpose(0, 1).reshape(S, w)
 
 
-def in_front(run, q: Tensor, k: Tensor, v: Tensor, options: dict, K: Tensor, V: Tensor, there: Tensor | None = None, path: str = "") -> Tensor:
+def attend_with_prefix(run, q: Tensor, k: Tensor, v: Tensor, options: dict, K: Tensor, V: Tensor, there: Tensor | None = None, path: str = "") -> Tensor:
     """run(q, [K; k], [V; v]) with the mask extended.
 
     K (n, w), V (n, w'), or with a batch in front, where `there` (B, n) says which virtual positions a row has.
     """
     S, n = k.shape[-2], K.shape[-2]
-    k, v = torch.cat([as_heads(K, k, path), k], -2), torch.cat([as_heads(V, v, path), v], -2)
-    return run(q, k, v, **lengthened(options, q, S, n, there))
+    k, v = torch.cat([to_heads(K, k, path), k], -2), torch.cat([to_heads(V, v, path), v], -2)
+    return run(q, k, v, **lengthen_mask(options, q, S, n, there))
 
 
-def lengthened(options: dict, q: Tensor, S: int, n: int, there: Tensor | None) -> dict:
+def lengthen_mask(options: dict, q: Tensor, S: int, n: int, there: Tensor | None) -> dict:
     """The options of an attention call with n keys in front of its S, which every query sees, or the rows that have them: there (B, n)."""
     mask = options["attn_mask"]
     if options["is_causal"]:
@@ -80,7 +80,7 @@ def lengthened(options: dict, q: Tensor, S: int, n: int, there: Tensor | None) -
     return options | dict(attn_mask=torch.cat([seen.expand(*shape, n), mask.expand(*shape, S)], -1), is_causal=False)
 
 
-def gated(
+def attend_with_gate(
     run, q: Tensor, k: Tensor, v: Tensor, options: dict, K: Tensor, V: Tensor, g: Tensor, path: str = "", there: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """run(q, k, v) + g * softmax(q K^T / sqrt(D)) V: a softmax of its own, so that g = 0 is the attention as it was.
@@ -88,7 +88,7 @@ def gated(
     there (B, n): which of the virtual positions a row has; where it has none, g is zero.
     """
     y = run(q, k, v, **options)
-    K, V = as_heads(K, q, path), as_heads(V, q[..., :1].expand(*q.shape[:-1], v.shape[-1]), path)
+    K, V = to_heads(K, q, path), to_heads(V, q[..., :1].expand(*q.shape[:-1], v.shape[-1]), path)
     scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
     scores = scale * (q @ K.mT)
     if there is not None:
@@ -97,7 +97,7 @@ def gated(
     return y + g.to(y.dtype) * (weights @ V).to(y.dtype)
 
 
-def together(tensors: list[Tensor], rows: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
+def pad_together(tensors: list[Tensor], rows: list[Tensor], batch: int) -> tuple[Tensor, Tensor]:
     """Tensors (n_i, w) of different lengths for rows of a batch -> (B, n, w), their ends at the end, and which positions are there (B, n).
 
     Rows that have none are zero and not there.

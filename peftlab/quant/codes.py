@@ -15,70 +15,33 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import mmap
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftlab.quant import compiled, kernels
-from peftlab.quant.books import BOOKS, DYNAMIC, ORDER, borders, nearest
+from peftlab.quant.codebooks import BOOKS, DYNAMIC, ORDER, borders, nearest
+from peftlab.quant.kernels import cpu as compiled
+from peftlab.quant.kernels import triton as kernels
+from peftlab.quant.packed import BLOCKSIZES, FORMATS, Format, Packed
 
-FORMATS = ("nf4", "fp4", "int8")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALES = 256  # absmax values that share a second scale
+
 DECODE = 1 << 19  # entries that are decoded at a time: larger pieces leave the cache, in smaller ones the calls cost more than the work
+
 TILE = 1 << 21  # entries of a weight that are dense at once while a product is formed
+
 WIDE = 1 << 24  # the same on CUDA, where a narrow product leaves most of the device idle
+
 FEW = 64  # rows of an input below which the product costs less than the decoding: then a tile is a piece
+
 HUGE = 1 << 22  # bytes from which on new memory is asked for in huge pages
+
 PIECE = 1 << 18  # entries that are quantised at a time: the temporaries stay in the cache
+
 FLOOR = 1e-38  # an absmax below this does not divide
-
-
-class Format(NamedTuple):
-    """How a tensor is packed: facts that no tensor holds."""
-
-    kind: str  # one of FORMATS
-    shape: tuple[int, ...]  # of the dense tensor
-    dtype: torch.dtype  # that the dense tensor had: values are rounded to it
-    blocksize: int  # entries a scale; for int8 the length of a row
-    double: bool  # whether the absmax are quantised themselves
-    compute: torch.dtype | None = None  # in which the layer's product is formed; None: in the input's
-    cast: torch.dtype | None = None  # to which the model was converted since: rounded values are handed out in it
-
-    @property
-    def out(self) -> torch.dtype:
-        """The dtype in which values are handed out."""
-        return self.cast or self.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.numel // self.blocksize) if self.blocksize else 0
-
-
-class Packed(NamedTuple):
-    """A quantised tensor. Without double quantisation absmax is float32 and the last two are None."""
-
-    format: Format
-    codes: Tensor
-    absmax: Tensor  # (blocks,) float32, or uint8 with double quantisation
-    nested_absmax: Tensor | None = None  # (ceil(blocks / 256),) float32
-    offset: Tensor | None = None  # () float32, the mean that was taken away
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self[1:] if t is not None)
-
-
-# ---------------------------------------------------------------- tables
 
 
 @functools.cache
@@ -102,9 +65,6 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
     with torch.device("cpu"):
         byte = torch.arange(256)
         return BOOKS[kind][torch.stack([byte >> 4, byte & 15], 1)].to(device)
-
-
-# ---------------------------------------------------------------- quantise
 
 
 def check(kind: object, blocksize: int | None = None, double: bool | None = None) -> None:
@@ -219,9 +179,6 @@ def _code_rows(flat: Tensor, out: Tensor, absmax: Tensor) -> None:
         x = flat[i : i + rows].to(torch.float32)
         top = absmax[i : i + rows] = x.abs().amax(1)
         out[i : i + rows] = (x * (127.0 / top)[:, None]).round().nan_to_num_(0, 0, 0)  # rows of zeros, or so small that the factor overflows
-
-
-# ---------------------------------------------------------------- decode
 
 
 def exporting() -> bool:

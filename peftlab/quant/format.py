@@ -16,8 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from peftlab.quant.books import BOOKS, DYNAMIC
-from peftlab.quant.codes import BLOCKSIZES, SCALES, Format, Packed
+from peftlab.quant.codebooks import BOOKS, DYNAMIC
+from peftlab.quant.codes import SCALES
+from peftlab.quant.packed import BLOCKSIZES, Format, Packed
 
 STATE = "quant_state.bitsandbytes__"
 WIDEST = 24  # characters of the longest repr of a number: -2.2250738585072014e-308

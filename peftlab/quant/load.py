@@ -12,17 +12,21 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from peftlab.formats.file import whole
-from peftlab.host import Adapted, Site, bare, paused_gc
+from peftlab.attach.request import check_dtype
+from peftlab.attach.select import select_among
+from peftlab.core.site import Site
 from peftlab.model import layers
+from peftlab.model.index import ModelIndex, ensure_module, join_path, tensor_identity
 from peftlab.model.patterns import did_you_mean
+from peftlab.model.walk import Adapted, unwrap_parallel
 from peftlab.quant import format as keys
-from peftlab.quant.api import _Packs, places, works_on_codes
-from peftlab.quant.codes import Packed, check, quantise
-from peftlab.quant.linear import Packing, pack
-from peftlab.sites import Model, ensure_module, identity, join, select_from
-from peftlab.support.progress import Progress, check_progress, told
-from peftlab.wrap import check_dtype
+from peftlab.quant.codes import check, quantise
+from peftlab.quant.modules import Packing, pack
+from peftlab.quant.packed import Packed
+from peftlab.quant.quantize import PackRequest, packable_places, works_on_codes
+from peftlab.support.contexts import paused_gc
+from peftlab.support.files import whole
+from peftlab.support.progress import Progress, check_progress, reported
 
 TURN = 1 << 23  # bytes that are read before the files are opened anew
 
@@ -49,26 +53,26 @@ def load_quantized(
         PatternError, ValueError (LoadError among them), TypeError, OSError: for names or shapes that do not fit, tensors that no file has, what is
             no safetensors file, and what `quantize` refuses. The model is then unchanged.
     """
-    root = bare(ensure_module(model))
+    root = unwrap_parallel(ensure_module(model))
     check_dtype(compute_dtype, "compute_dtype")
     check_dtype(dtype)
     check_progress(progress)
     if kind is not None:
         check(kind, blocksize, double_quant)
     paths = _paths(files)
-    view = Model.of(root)
+    view = ModelIndex.of(root)
     odd = next((p for k, m in view.modules.items() if isinstance(m, (Packing, Adapted)) for p in view.paths[k]), None)
     if odd is not None:
         raise ValueError(f"{odd!r} is quantised or adapted already: load into a model as it was built")
-    there = list(places(view))
-    chosen = [] if kind is None else select_from(view, _Packs, "load_quantized", there, targets, exclude)[0]
+    there = list(packable_places(view))
+    chosen = [] if kind is None else select_among(view, PackRequest, "load_quantized", there, targets, exclude)[0]
     staged: list[tuple[str, Tensor | Packed]] = []
     with _Files() as opened:
         found = _listed(opened, paths, rename)
         job = _Job(view, opened, found, _slots(view), {(id(s.host), s.param): s for s in there}, kind, blocksize, double_quant, compute_dtype, dtype)
         job.choose(chosen)
         todo = _firsts(job.slots, found)
-        with told(progress, "load") as tell:
+        with reported(progress, "load") as tell:
             for done, name in enumerate(todo, 1):
                 staged.append((name, job.part(name)))
                 tell(done, len(todo), name)
@@ -109,7 +113,7 @@ class _Files(contextlib.ExitStack):
 class _Job:
     """A checked call: what the files have, what of it stays codes, and what is to be packed."""
 
-    view: Model
+    view: ModelIndex
     opened: _Files
     found: dict[str, tuple[str, str]]
     slots: dict[str, tuple[nn.Module, str]]
@@ -126,12 +130,12 @@ class _Job:
         """Find the two sets, and raise where files and model do not fit."""
         mine = {name: n for name, (m, n) in self.slots.items() if n in m._parameters}
         self.coded = {name for name, n in mine.items() if keys.kind_in(n, _state(self.found, name)) is not None}
-        self.wanted = {join(p, s.param) for s in chosen for p in self.view.paths[id(s.host)]} - self.coded
+        self.wanted = {join_path(p, s.param) for s in chosen for p in self.view.paths[id(s.host)]} - self.coded
         _compare(self.view, self.slots, self.found, self.coded)
         self._compare_shapes()
         for name in (*self.coded, *self.wanted):
             m, n = self.slots[name]
-            if len(self.view.owners[identity(m._parameters[n])]) > 1:
+            if len(self.view.owners[tensor_identity(m._parameters[n])]) > 1:
                 why, way = ("", "exclude it") if name in self.wanted else ("quantised in the file and ", "untie them first")
                 raise ValueError(f"{name!r} is {why}tied to another parameter: {way}")
             if getattr(m, "max_norm", None) is not None:
@@ -178,7 +182,7 @@ class _Job:
             pack(m, n, part, works_on_codes(self.view, self.sites[id(m), n]))
         elif n in m._parameters:
             new = nn.Parameter(part, requires_grad=m._parameters[n].requires_grad and part.is_floating_point())
-            for host, param in self.view.owners[identity(m._parameters[n])]:
+            for host, param in self.view.owners[tensor_identity(m._parameters[n])]:
                 host._parameters[param] = new
         else:
             m._buffers[n] = part
@@ -213,12 +217,12 @@ def _listed(opened: _Files, paths: list[str], rename: Callable | None) -> dict[s
     return out
 
 
-def _slots(view: Model) -> dict[str, tuple[nn.Module, str]]:
+def _slots(view: ModelIndex) -> dict[str, tuple[nn.Module, str]]:
     """The model's parameters and saved buffers by every name that they have."""
     out = {}
     for path, m in view.at.items():
         saved = {n: b for n, b in m._buffers.items() if n not in m._non_persistent_buffers_set}
-        out |= {join(path, n): (m, n) for n, t in [*m._parameters.items(), *saved.items()] if t is not None}
+        out |= {join_path(path, n): (m, n) for n, t in [*m._parameters.items(), *saved.items()] if t is not None}
     return out
 
 
@@ -236,11 +240,11 @@ def _firsts(slots: dict, found: dict) -> list[str]:
     first: dict[tuple, str] = {}
     for name, (m, n) in slots.items():
         if name in found:
-            first.setdefault(identity(m._parameters[n]) if n in m._parameters else (id(m), n), name)
+            first.setdefault(tensor_identity(m._parameters[n]) if n in m._parameters else (id(m), n), name)
     return list(first.values())
 
 
-def _compare(view: Model, slots: dict, found: dict, coded: set[str]) -> None:
+def _compare(view: ModelIndex, slots: dict, found: dict, coded: set[str]) -> None:
     """Raise unless every tensor has its place and every place its tensor."""
     used = {f for name in slots if name in found for f in (_state(found, name).values() if name in coded else (name,))}
     extra = sorted(found.keys() - used)
@@ -253,16 +257,16 @@ def _compare(view: Model, slots: dict, found: dict, coded: set[str]) -> None:
         hollow = next((n for n, b in m._buffers.items() if b is not None and b.is_meta and n in m._non_persistent_buffers_set), None)
         if hollow is not None:
             raise ValueError(
-                f"the buffer {join(view.path(m), hollow)!r} is on meta and never saved: build the model with real buffers "
+                f"the buffer {join_path(view.path(m), hollow)!r} is on meta and never saved: build the model with real buffers "
                 "(accelerate's init_empty_weights(include_buffers=False) does)"
             )
 
 
-def _elsewhere(view: Model, slots: dict, found: dict, name: str) -> bool:
+def _elsewhere(view: ModelIndex, slots: dict, found: dict, name: str) -> bool:
     """Whether the files have a tensor under another of its names: those of its module's other paths, and of parameters that are tied to it."""
     m, n = slots[name]
-    owners = view.owners.get(identity(m._parameters[n]), []) if n in m._parameters else [(m, n)]
-    return any(join(p, param) in found for host, param in owners for p in view.paths[id(host)])
+    owners = view.owners.get(tensor_identity(m._parameters[n]), []) if n in m._parameters else [(m, n)]
+    return any(join_path(p, param) in found for host, param in owners for p in view.paths[id(host)])
 
 
 def _same_shape(name: str, shape: tuple, site, flip: bool) -> None:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlab.model import layers
+from peftlab.model.index import join_path
+from peftlab.model.packed import QuantizedModule, dense_meta
 from peftlab.model.patterns import did_you_mean
-from peftlab.quant.codes import dequantise, quantise
-from peftlab.quant.linear import SCALES, packed
-from peftlab.sites import join
+from peftlab.quant.codes import dequantise
+from peftlab.quant.modules import packed
 
 CHOICES = (
     "onto='dequantized' (dense weights: the decoded values with the adapters in them), onto='requantized' (rounded to codes again), or the model or the "
@@ -37,7 +37,7 @@ def choose(onto: object, hosts: list[tuple[str, nn.Module, set[str], bool]]) -> 
 
     None where no packed parameter is changed.
     """
-    packs = [sorted(p for p in params if isinstance(m, layers.Quantised) and p in m.peftlab_formats) for _, m, params, _ in hosts]
+    packs = [sorted(p for p in params if isinstance(m, QuantizedModule) and p in m.peftlab_formats) for _, m, params, _ in hosts]
     first = next((path for (path, *_), mine in zip(hosts, packs, strict=True) if mine), None)
     if first is None:
         if onto is not None:
@@ -63,7 +63,7 @@ def choose(onto: object, hosts: list[tuple[str, nn.Module, set[str], bool]]) -> 
 
 
 def _original(given: Mapping[str, Tensor], path: str, m: nn.Module, param: str) -> Tensor:
-    key, like = join(path, param), layers.outline(m, param)
+    key, like = join_path(path, param), dense_meta(m, param)
     if key not in given:
         raise ValueError(f"onto=: the weights that were given lack {key!r}.{did_you_mean(key, given)}")
     W = given[key].detach()
@@ -71,15 +71,6 @@ def _original(given: Mapping[str, Tensor], path: str, m: nn.Module, param: str) 
     if tuple(W.shape) not in (tuple(like.shape), shape[::-1] if m._packed_flip else shape) or not W.is_floating_point() or W.is_meta:
         raise ValueError(f"onto=: {key!r} is {W.dtype} {tuple(W.shape)} on {W.device}; dense weights of shape {tuple(like.shape)} are wanted")
     return W.to(m._parameters[param].device)
-
-
-def stored(m: nn.Module, param: str, value: Tensor, onto: Onto | None) -> dict[str, Tensor]:
-    """The tensors that hold a merged value, by name: the value itself, or codes and scales."""
-    if onto is None or onto.how != "requantized" or param not in m.peftlab_formats:
-        return {param: value}
-    form = m.peftlab_formats[param]
-    p = quantise(value.t() if m._packed_flip else value, form.kind, None if form.kind == "int8" else form.blocksize, form.double, form.dtype)
-    return {param: p.codes} | {f"{param}_{s}": t for s, t in zip(SCALES, p[2:], strict=True) if t is not None}
 
 
 def value_of(m: nn.Module, param: str, tensors: dict[str, Tensor]) -> Tensor:

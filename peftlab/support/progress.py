@@ -25,7 +25,7 @@ def check_progress(progress: object) -> None:
 
 
 @contextlib.contextmanager
-def told(progress: Progress, phase: str) -> Iterator[Tell]:
+def reported(progress: Progress, phase: str) -> Iterator[Tell]:
     """The one to tell about a phase of a call; its bar is closed at the end, an exception's or an interrupt's included."""
     if progress is not True:
         yield progress or _nobody

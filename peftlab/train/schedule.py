@@ -8,46 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftlab.host import Site, Stack, bare, stacks
-from peftlab.inspect.report import acts, listed, tensors_of
-from peftlab.method import Method, finite, positive_int
-from peftlab.sites import ensure_module
-from peftlab.wrap import adapter_modules
-
-
-def torch_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The optimizer itself, also inside a wrapper that holds it as `.optimizer`."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return torch_optimizer(inner)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
-    return optimizer
-
-
-def held(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
-    """id of a tensor -> the parameter group that holds it."""
-    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
-
-
-def ran(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this step updates at all: a GradScaler leaves the decision to a fused optimizer."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is None or not bool(found_inf)
+from peftlab.core.adapters import adapter_modules, overrides_hook, trained_tensors
+from peftlab.core.method import Method
+from peftlab.core.options import positive_int
+from peftlab.core.site import Site
+from peftlab.core.stack import AdapterStack, adapted_modules
+from peftlab.model.index import ensure_module
+from peftlab.model.walk import unwrap_parallel
+from peftlab.support.text import list_names
+from peftlab.train.optimizers.hooks import groups_by_tensor, step_was_taken, torch_optimizer
 
 
 @dataclass(eq=False)
-class _Driven:
+class _DrivenMethod:
     """One method that acts during training."""
 
     key: str  # path of its tensors in the state dict
-    stack: Stack
+    stack: AdapterStack
     site: Site
     method: Method
 
     @property
     def tensors(self) -> list[Tensor]:
-        return list(tensors_of(self.site, self.method).values())
+        return list(trained_tensors(self.site, self.method).values())
 
 
 class Schedule:
@@ -58,22 +41,22 @@ class Schedule:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int):
         self.t, self.T = 0, positive_int("total_steps", total_steps, None)
-        root, self.optimizer = bare(ensure_module(model)), torch_optimizer(optimizer)
-        mine = held(self.optimizer)
+        root, self.optimizer = unwrap_parallel(ensure_module(model)), torch_optimizer(optimizer)
+        mine = groups_by_tensor(self.optimizer)
         there = adapter_modules(root)
-        own = {f"{key}.{k}": p for _, key, s, m in there for k, p in tensors_of(s, m).items() if p.requires_grad}
+        own = {f"{key}.{k}": p for _, key, s, m in there for k, p in trained_tensors(s, m).items() if p.requires_grad}
         if own and not any(id(p) in mine for p in own.values()):
-            raise ValueError(f"the optimizer holds none of this model's adapter tensors, {listed(list(own))}: build it after wrap and load")
-        here = {id(m): stack for _, _, stack in stacks(root) for pairs in stack.sites.values() for _, m in pairs}
-        ours = {name for name, _, s, m in there if any(id(p) in mine for p in tensors_of(s, m).values())}
-        acting = {name for name, _, _, m in there if acts(m, "step") or acts(m, "penalty")} & ours
-        self.driven: dict[str, list[_Driven]] = {name: [] for name in acting}
+            raise ValueError(f"the optimizer holds none of this model's adapter tensors, {list_names(list(own))}: build it after wrap and load")
+        here = {id(m): stack for _, _, stack in adapted_modules(root) for pairs in stack.sites.values() for _, m in pairs}
+        ours = {name for name, _, s, m in there if any(id(p) in mine for p in trained_tensors(s, m).values())}
+        acting = {name for name, _, _, m in there if overrides_hook(m, "step") or overrides_hook(m, "penalty")} & ours
+        self.driven: dict[str, list[_DrivenMethod]] = {name: [] for name in acting}
         self.shared: dict[str, nn.Module] = {}
         for name, key, site, m in there:
             if name in acting and site is None:
                 self.shared[key] = m
             elif name in acting:
-                self.driven[name].append(_Driven(key, here[id(m)], site, m))
+                self.driven[name].append(_DrivenMethod(key, here[id(m)], site, m))
         self._check(mine)
         for d in self._all():
             d.method.scheduled = True
@@ -84,16 +67,16 @@ class Schedule:
         if any(isinstance(getattr(h, "__self__", None), Schedule) for h in hooks):
             raise ValueError("this optimizer has a schedule already: its remove() first")
         for d in self._all():
-            if acts(d.method, "penalty"):
-                lost = [k for k, p in tensors_of(d.site, d.method).items() if p.requires_grad and id(p) not in mine]
+            if overrides_hook(d.method, "penalty"):
+                lost = [k for k, p in trained_tensors(d.site, d.method).items() if p.requires_grad and id(p) not in mine]
                 if lost:
-                    raise ValueError(f"{d.key!r} has a penalty on {listed(lost)}, which the optimizer does not hold: it would be lost")
+                    raise ValueError(f"{d.key!r} has a penalty on {list_names(lost)}, which the optimizer does not hold: it would be lost")
 
-    def _all(self) -> Iterator[_Driven]:
+    def _all(self) -> Iterator[_DrivenMethod]:
         for methods in self.driven.values():
             yield from methods
 
-    def _trained(self) -> Iterator[list[_Driven]]:
+    def _trained(self) -> Iterator[list[_DrivenMethod]]:
         """The methods of every adapter that acts and trains now, those that sleep included."""
         for name, methods in self.driven.items():
             on = any(name in d.stack.active and name not in d.stack.merged for d in methods)
@@ -103,7 +86,7 @@ class Schedule:
     # ---- hooks
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Penalties into `.grad`; where a closure computes the gradients, after every call of it."""
-        if not any(acts(d.method, "penalty") for d in self._all()):
+        if not any(overrides_hook(d.method, "penalty") for d in self._all()):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -127,7 +110,7 @@ class Schedule:
         for methods in self._trained():
             for d in methods:
                 wanted = [p for p in d.tensors if p.requires_grad]
-                if not acts(d.method, "penalty") or not wanted:
+                if not overrides_hook(d.method, "penalty") or not wanted:
                     continue
                 with torch.enable_grad():
                     value = d.method.penalty()
@@ -143,15 +126,15 @@ class Schedule:
         return total
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if not ran(optimizer):
+        if not step_was_taken(optimizer):
             return
         self.t = min(self.t + 1, self.T)
-        groups = held(optimizer)
+        groups = groups_by_tensor(optimizer)
         for methods in self._trained():
             common = next((float(groups[id(p)]["lr"]) for d in methods for p in d.tensors if id(p) in groups), 0.0)
             with torch.no_grad():
                 for d in methods:
-                    if acts(d.method, "step"):
+                    if overrides_hook(d.method, "step"):
                         lr = next((float(groups[id(p)]["lr"]) for p in d.tensors if id(p) in groups), common)
                         d.method.step(self.t, self.T, lr)
 
@@ -190,7 +173,7 @@ class Schedule:
         odd = sorted((buffers.keys() ^ state["buffers"].keys()) | (flags.keys() ^ state["flags"].keys()))
         odd = odd or [k for k, b in buffers.items() if b.shape != state["buffers"][k].shape]
         if odd:
-            raise ValueError(f"the saved schedule is of other adapters: {listed(odd)} differ")
+            raise ValueError(f"the saved schedule is of other adapters: {list_names(odd)} differ")
         self.t = state["t"]
         with torch.no_grad():
             for k, b in buffers.items():
@@ -232,71 +215,3 @@ def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, total_steps:
         TypeError: when `optimizer` is no torch optimizer.
     """
     return Schedule(model, optimizer, total_steps)
-
-
-def param_groups(
-    model: nn.Module,
-    lr: float,
-    *,
-    b_ratio: float | None = None,
-    embedding_lr: float | None = None,
-    weight_decay: float = 0.0,
-) -> list[dict]:
-    """Parameter groups for any torch optimizer, with every trainable parameter of the model in exactly one.
-
-    Groups, by name: "embedding" (tensors that change an embedding, where `embedding_lr` is given), "fast" (the tensors that a method
-    marks, LoRA's B, where `b_ratio` is given: LoRA+, Hayou et al. 2024, arXiv 2402.12354), "adapter", and "base" for what trains
-    outside adapters. With a weight decay, tensors of fewer than two dimensions go to "<name>_no_decay".
-
-    Args:
-        lr: learning rate of all but the groups below.
-        b_ratio: the fast tensors' learning rate is `b_ratio * lr`.
-        embedding_lr: learning rate of embeddings' adapters, fast tensors included, and of embeddings that train outside adapters.
-        weight_decay: for tensors with at least two dimensions.
-
-    Raises:
-        ValueError: for values that are no positive number (weight_decay: no negative one), for a model without trainable
-            parameters, and for a group that is asked for and would be empty.
-    """
-    for name, value in (("lr", lr), ("b_ratio", b_ratio), ("embedding_lr", embedding_lr)):
-        if (value is not None or name == "lr") and finite(name, value) <= 0:
-            raise ValueError(f"{name}={value!r}: must be positive")
-    if finite("weight_decay", weight_decay) < 0:
-        raise ValueError(f"weight_decay={weight_decay!r}: must not be negative")
-    root = bare(ensure_module(model))
-    params = [p for p in root.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("nothing in this model trains: unfreeze(model), or load(..., trainable=True)")
-    kind = _kinds(root, b_ratio is not None, embedding_lr is not None)
-    rates = {"adapter": lr, "base": lr, "fast": lr * (b_ratio or 1), "embedding": embedding_lr}
-    groups: dict[str, dict] = {}
-    for p in params:
-        what, decay = kind.get(id(p), "base"), weight_decay if p.ndim >= 2 else 0.0
-        name = what if decay or not weight_decay else f"{what}_no_decay"
-        group = groups.setdefault(name, {"params": [], "lr": rates[what], "weight_decay": decay, "name": name})
-        group["params"].append(p)
-    there = {kind.get(id(p), "base") for p in params}
-    if b_ratio is not None and "fast" not in there:
-        raise ValueError(f"b_ratio={b_ratio}: no trainable adapter has a tensor for it (LoRA's B has)")
-    if embedding_lr is not None and "embedding" not in there:
-        raise ValueError(f"embedding_lr={embedding_lr}: no embedding trains in this model")
-    if weight_decay and not any(g["weight_decay"] for g in groups.values()):
-        raise ValueError(f"weight_decay={weight_decay}: no trainable tensor has two dimensions, it would act on nothing")
-    return list(groups.values())
-
-
-def _kinds(root: nn.Module, fast: bool, embedding: bool) -> dict[int, str]:
-    """id of a tensor -> the kind of group that it belongs to, "base" where it is not there."""
-    kind: dict[int, str] = {}
-    if embedding:
-        for m in root.modules():
-            if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
-                kind |= {id(p): "embedding" for p in m._parameters.values() if p is not None}
-    for _, _, site, m in adapter_modules(root):
-        on_embedding = embedding and site is not None and isinstance(site.host, (nn.Embedding, nn.EmbeddingBag))
-        for k, p in tensors_of(site, m).items():
-            kind[id(p)] = "embedding" if on_embedding else "fast" if fast and site is not None and k in m.fast else "adapter"
-    return kind
-
-
-__all__ = ["Schedule", "param_groups", "schedule"]

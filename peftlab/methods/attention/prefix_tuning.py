@@ -3,12 +3,12 @@
     y = softmax(q [K; k]^T / sqrt(D)) [V; v]        K (n, keys), V (n, values), for all heads together
 
 Every query sees all n virtual positions; causality among the real ones stays. With net=True a network makes them while they are trained,
-[K, V] = tanh(E W1^T + b1) W2^T + b2, with E (n, dim) and W1 (dim, dim) shared by all layers and W2 of each; `peftlab.drop_network` keeps its
+[K, V] = tanh(E W1^T + b1) W2^T + b2, with E (n, dim) and W1 (dim, dim) shared by all layers and W2 of each; `peftlab.drop_reparametrization` keeps its
 output alone. init: normal (of deviation std) | zeros (not the base either: keys of zero take attention); `peftlab.prefix_from` starts it from a text or
 another layer. shift=True moves the positions of the real tokens by n, as if the prefix had been read. width: features of all key heads
 together, where the module does not show them.
 
-Trains: (n * dim + dim * (dim + 1)) / sites + sum(widths(site, width)) * (dim + 1) if net else n * sum(widths(site, width))
+Trains: (n * dim + dim * (dim + 1)) / sites + sum(key_value_widths(site.host, width)) * (dim + 1) if net else n * sum(key_value_widths(site.host, width))
 Structure: the keys and values of the real tokens are unchanged
 Family: prompt
 Paper: Li and Liang 2021, arXiv 2101.00190, sec. 4.2-4.3. Without the network: P-tuning v2, Liu et al. 2021, arXiv 2110.07602, sec. 3.2
@@ -24,10 +24,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from peftlab.attend import attend, attends, refuse_by_hand, widths
+from peftlab.core.attention import refuse_handwritten_attention, surround_attention
+from peftlab.core.shift_positions import call_with_shifted_positions, refuse_without_positions
 from peftlab.method import Base, Method, finite, positive_int
+from peftlab.model.attention import key_value_widths, runs_attention
+from peftlab.model.tokens import token_models_above
 from peftlab.parts import prefix
-from peftlab.virtual import refuse_without_positions, shifted, stacks_above
 
 
 class PrefixTuning(Method):
@@ -43,7 +45,7 @@ class PrefixTuning(Method):
         super().__init__(base)
         self.n, self.shift = positive_int("n", n, None, base), shift
         self.K = self.V = self.W2 = self.b2 = None
-        self.holds = not shift or attends(base.site.host)  # else it sits at the stack, whose positions it shifts
+        self.holds = not shift or runs_attention(base.site.host)  # else it sits at the stack, whose positions it shifts
         if init not in ("normal", "zeros"):
             raise ValueError(f"init={init!r} at {base.path!r}: one of normal, zeros")
         std = finite("std", std) * (init == "normal")
@@ -51,8 +53,8 @@ class PrefixTuning(Method):
         if not self.holds:
             refuse_without_positions(base)
             return
-        refuse_by_hand(base)
-        self.keys, self.values = widths(base.site, width)
+        refuse_handwritten_attention(base)
+        self.keys, self.values = key_value_widths(base.site.host, width)
         if not self.keys:
             raise ValueError(f"how wide the keys of {base.path!r} are cannot be seen: say width=, the features of all key heads together")
         if net:
@@ -75,14 +77,14 @@ class PrefixTuning(Method):
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
-        found = stacks_above(model, hosts) if hyper.get("shift") else []
+        found = token_models_above(model, hosts) if hyper.get("shift") else []
         if hyper.get("shift") and hosts and not found:
             raise ValueError("shift=True: no module above the attention layers meant owns a token embedding and takes position ids that could be moved")
         return found
 
     @classmethod
     def fits(cls, site) -> bool:
-        return site.kind == "module" and attends(site.host)
+        return site.kind == "module" and runs_attention(site.host)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """K (n, keys) and V (n, values)."""
@@ -97,18 +99,18 @@ class PrefixTuning(Method):
 
     def forward(self, base: Base, *args, **kwargs):
         if not self.holds:
-            return shifted(base, self.n, args, kwargs)
+            return call_with_shifted_positions(base, self.n, args, kwargs)
         K, V = self.tensors()
-        return attend(base, functools.partial(prefix.in_front, K=K, V=V, path=base.path), *args, **kwargs)
+        return surround_attention(base, functools.partial(prefix.attend_with_prefix, K=K, V=V, path=base.path), *args, **kwargs)
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         if not parts[0][0].holds:
-            return shifted(base, [(m.n, rows) for m, rows in parts], args, kwargs)
+            return call_with_shifted_positions(base, [(m.n, rows) for m, rows in parts], args, kwargs)
         tensors, rows = [m.tensors() for m, _ in parts], [r for _, r in parts]
 
         def change(run, q, k, v, options):
-            (K, there), (V, _) = (prefix.together(list(t), rows, q.shape[0]) for t in zip(*tensors, strict=True))
-            return prefix.in_front(run, q, k, v, options, K, V, there, base.path)
+            (K, there), (V, _) = (prefix.pad_together(list(t), rows, q.shape[0]) for t in zip(*tensors, strict=True))
+            return prefix.attend_with_prefix(run, q, k, v, options, K, V, there, base.path)
 
-        return attend(base, change, *args, **kwargs)
+        return surround_attention(base, change, *args, **kwargs)

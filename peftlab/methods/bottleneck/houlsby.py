@@ -22,7 +22,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftlab.method import Base, Method, finite, positive_int
-from peftlab.parts import bottleneck, outputs
+from peftlab.parts import bottleneck, hidden_state
 from peftlab.parts.bottleneck import size  # noqa: F401 - named in the formula above
 
 
@@ -48,8 +48,8 @@ class Houlsby(Method):
         return h + bottleneck.branch(self, h, self.s, self.f, self.path)
 
     def forward(self, base: Base, *args, **kwargs):
-        return outputs.edited(base(*args, **kwargs), self.change)
+        return hidden_state.edit_hidden_state(base(*args, **kwargs), self.change)
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        return outputs.edited(base(*args, **kwargs), lambda h: outputs.by_rows(h, parts, lambda m, z, rows: m.change(z)))
+        return hidden_state.edit_hidden_state(base(*args, **kwargs), lambda h: hidden_state.apply_by_rows(h, parts, lambda m, z, rows: m.change(z)))

@@ -25,7 +25,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftlab.method import Base, Method, finite, positive_int
-from peftlab.parts import bottleneck, outputs
+from peftlab.parts import bottleneck, hidden_state
 from peftlab.parts.bottleneck import size  # noqa: F401 - named in the formula above
 
 
@@ -60,20 +60,20 @@ class Parallel(Method):
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         if base.adds:
-            x = list(outputs.declared(base.site.host, args, kwargs).values())
+            x = list(hidden_state.declared_tensors(base.site.host, args, kwargs).values())
             if len(x) < 2:
                 raise ValueError(f"{base.path!r} was called without the residual that it adds: sit at another module")
             x = x[base.adds]
         else:
-            x = outputs.given(base.site.host, args, kwargs, base.n_in, base.path)
+            x = hidden_state.hidden_input(base.site.host, args, kwargs, base.n_in, base.path)
 
         def change(m: Parallel, h: Tensor, rows: Tensor | None) -> Tensor:
             return h + m.branch(x if rows is None else x.index_select(0, rows)).to(h.dtype)
 
         def whole(h: Tensor) -> Tensor:
-            return change(parts[0][0], h, None) if parts[0][1] is None else outputs.by_rows(h, parts, change)
+            return change(parts[0][0], h, None) if parts[0][1] is None else hidden_state.apply_by_rows(h, parts, change)
 
         if base.adds:  # norm(layer(h) + x): what goes into the sum is added to x
-            args, kwargs = outputs.swapped(args, kwargs, x, whole(x))
+            args, kwargs = hidden_state.replace_argument(args, kwargs, x, whole(x))
             return base(*args, **kwargs)
-        return outputs.edited(base(*args, **kwargs), whole)
+        return hidden_state.edit_hidden_state(base(*args, **kwargs), whole)

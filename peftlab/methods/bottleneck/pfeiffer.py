@@ -25,7 +25,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftlab.method import Base, Method, finite, positive_int
-from peftlab.parts import bottleneck, outputs
+from peftlab.parts import bottleneck, hidden_state
 from peftlab.parts.bottleneck import size  # noqa: F401 - named in the formula above
 
 
@@ -53,17 +53,17 @@ class Pfeiffer(Method):
     def forward(self, base: Base, *args, **kwargs):
         out = base(*args, **kwargs)
         if not base.is_norm:
-            return outputs.edited(out, lambda z: self.change(z, z))
-        u = outputs.given(base.site.host, args, kwargs, base.n_in, base.path)
-        args, kwargs = outputs.swapped(args, kwargs, u, self.change(outputs.hidden(out), u))
+            return hidden_state.edit_hidden_state(out, lambda z: self.change(z, z))
+        u = hidden_state.hidden_input(base.site.host, args, kwargs, base.n_in, base.path)
+        args, kwargs = hidden_state.replace_argument(args, kwargs, u, self.change(hidden_state.hidden_state_of(out), u))
         return base(*args, **kwargs)
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         out = base(*args, **kwargs)
         if not base.is_norm:
-            return outputs.edited(out, lambda h: outputs.by_rows(h, parts, lambda m, z, rows: m.change(z, z)))
-        u, z = outputs.given(base.site.host, args, kwargs, base.n_in, base.path), outputs.hidden(out)
-        new = outputs.by_rows(u, parts, lambda m, v, rows: m.change(z.index_select(0, rows), v))
-        args, kwargs = outputs.swapped(args, kwargs, u, new)
+            return hidden_state.edit_hidden_state(out, lambda h: hidden_state.apply_by_rows(h, parts, lambda m, z, rows: m.change(z, z)))
+        u, z = hidden_state.hidden_input(base.site.host, args, kwargs, base.n_in, base.path), hidden_state.hidden_state_of(out)
+        new = hidden_state.apply_by_rows(u, parts, lambda m, v, rows: m.change(z.index_select(0, rows), v))
+        args, kwargs = hidden_state.replace_argument(args, kwargs, u, new)
         return base(*args, **kwargs)

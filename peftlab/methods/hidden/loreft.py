@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftlab.core import token_positions as spots
 from peftlab.method import Base, Method, positive_int
 from peftlab.model.arguments import named_arguments
-from peftlab.parts import outputs
+from peftlab.parts import hidden_state
 
 
 class LoReFT(Method):
@@ -55,7 +55,7 @@ class LoReFT(Method):
 
     @classmethod
     def shared(cls, sites) -> nn.Module:
-        return spots.Spots()
+        return spots.TokenPositions()
 
     @property
     def R(self) -> Tensor:
@@ -66,9 +66,9 @@ class LoReFT(Method):
         """(B, T) bool, twice: the first and the last tokens to edit."""
         where = self.common.where.get()
         if where is not None:
-            return spots.asked(where.to(h.device), *h.shape[:2], past, self.first, self.last)
+            return spots.requested_positions(where.to(h.device), *h.shape[:2], past, self.first, self.last)
         real = spots.real_tokens(given, h)
-        return spots.ends(real if past == 0 else torch.zeros_like(real), self.first, self.last)
+        return spots.first_and_last(real if past == 0 else torch.zeros_like(real), self.first, self.last)
 
     def change(self, h: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
         sets, y = chosen if len(self.V) == 2 else (chosen[0] | chosen[1],), h
@@ -82,7 +82,7 @@ class LoReFT(Method):
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         given = named_arguments(base.site.host, args, kwargs)
-        past = spots.past_tokens(base.site.host, given)  # now: the call itself fills the cache
+        past = spots.cached_tokens(base.site.host, given)  # now: the call itself fills the cache
         if past and all(m.common.where.get() is None for m, _ in parts):  # a decoding step, which edits nothing
             return base(*args, **kwargs)
 
@@ -93,7 +93,7 @@ class LoReFT(Method):
                 if rows is None:
                     z = m.change(z, chosen)
                 else:
-                    z = outputs.by_rows(z, [(m, rows)], lambda m, part, at, c=chosen: m.change(part, tuple(t[at] for t in c)))
+                    z = hidden_state.apply_by_rows(z, [(m, rows)], lambda m, part, at, c=chosen: m.change(part, tuple(t[at] for t in c)))
             return z.reshape(h.shape)
 
-        return outputs.edited(base(*args, **kwargs), edit)
+        return hidden_state.edit_hidden_state(base(*args, **kwargs), edit)

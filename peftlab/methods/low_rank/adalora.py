@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.require_schedule import demand_schedule
+from peftlab.core.require_schedule import require_schedule
 from peftlab.method import Base, Method, finite, positive_int, unit_interval
 from peftlab.parts import budget, masks
 
@@ -82,11 +82,11 @@ class AdaLoRA(Method):
         for k in "PEQ":  # running mean of the sensitivity |w dL/dw|, and of its deviation from that mean
             self.register_buffer(f"mean_{k}", torch.zeros_like(getattr(self, k)), persistent=False)
             self.register_buffer(f"spread_{k}", torch.zeros_like(getattr(self, k)), persistent=False)
-        demand_schedule(self, self.E)
+        require_schedule(self, self.E)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        demand_schedule(self, self.E)
+        require_schedule(self, self.E)
 
     @classmethod
     def shared(cls, sites) -> nn.Module:

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.method import Base, Method, finite, positive_int, unit_interval
-from peftlab.parts import fromdata, lowrank
+from peftlab.parts import data_init as fromdata
+from peftlab.parts import lowrank
 
 INITS = ("kaiming", "gaussian", "orthogonal", *lowrank.STARTS, *fromdata.STARTS, *lowrank.CODED)
 
@@ -103,7 +104,7 @@ class LoRA(Method):
         self.seen = self.data.keep(self.seen, value, self.r)
 
     def pool(self, states: list) -> None:
-        self.seen = fromdata.pooled(states)
+        self.seen = fromdata.pool_states(states)
 
     @torch.no_grad()
     def calibrated(self, base: Base) -> None:

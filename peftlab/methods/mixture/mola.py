@@ -21,9 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.require_schedule import demand_schedule
+from peftlab.core.require_schedule import require_schedule
 from peftlab.method import Base, Method, finite, positive_int
-from peftlab.parts import outputs, router
+from peftlab.parts import hidden_state
+from peftlab.parts.routing import load_balance, mean_over_processes, top_k
 
 
 class MoLA(Method):
@@ -49,7 +50,7 @@ class MoLA(Method):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if self.balance and self.k < self.experts:
-            demand_schedule(self, self.W_g)
+            require_schedule(self, self.W_g)
 
     @classmethod
     def fits(cls, site) -> bool:
@@ -72,9 +73,9 @@ class MoLA(Method):
     def mixed(self, base: Base, x: Tensor) -> Tensor:
         """(..., n_out): what the experts add."""
         z = x.to(torch.promote_types(x.dtype, torch.float32))  # a rounded logit sends a token to another expert
-        p, chosen, g = router.top_k(base.apply(self.W_g, z), self.k)
+        p, chosen, g = top_k(base.apply(self.W_g, z), self.k)
         if self.training and self.balance:
-            loss, slope = router.balance(p, chosen, x)
+            loss, slope = load_balance(p, chosen, x)
             self.slope += slope.to(self.slope.dtype)
             self.sums += torch.stack([loss, torch.ones_like(loss)]).to(self.sums.dtype)
         h = base.apply(self.A.flatten(0, 1), x) * (self.s * g).to(x.dtype).repeat_interleave(self.r, -1)
@@ -86,11 +87,11 @@ class MoLA(Method):
 
     @classmethod
     def routed(cls, base: Base, parts, x: Tensor) -> Tensor:
-        return outputs.by_rows(base(x), parts, lambda m, y, rows: y + m.mixed(base, x.index_select(0, rows)).to(y.dtype))
+        return hidden_state.apply_by_rows(base(x), parts, lambda m, y, rows: y + m.mixed(base, x.index_select(0, rows)).to(y.dtype))
 
     def penalty(self) -> Tensor:
         """The mean of the load-balancing losses since it was last asked for."""
-        (total, n), slope = router.over_processes(self.sums), router.over_processes(self.slope)
+        (total, n), slope = mean_over_processes(self.sums), mean_over_processes(self.slope)
         loss, slope = total / n.clamp_min(1), slope / n.clamp_min(1)
         self.slope.zero_()
         self.sums.zero_()

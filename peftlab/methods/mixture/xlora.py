@@ -11,7 +11,7 @@ where k is given. Gates belong to the tokens of the model's input: a layer that 
 must be excluded. One thread at a time runs the model.
 
 Trains: (train or isinstance(experts, int)) * count(experts) * r * (n_in + n_out) if site.rule.pointwise else
-    router.classifier_size(n_in, dim, depth, int(sites) - 2 if layerwise else 1, count(experts)) / 2
+    classifier_size(n_in, dim, depth, int(sites) - 2 if layerwise else 1, count(experts)) / 2
 Structure: y - base(x) lies in the span of all B_li
 Family: mixtures
 Paper: Buehler and Buehler 2024, arXiv 2402.07148
@@ -25,9 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.core import mixture_router as router
 from peftlab.core import paired_caches as caches
 from peftlab.method import Base, Method, finite, positive_int
-from peftlab.parts import outputs, router
+from peftlab.model.places import trunk
+from peftlab.parts import hidden_state
+from peftlab.parts.routing import classifier_size  # noqa: F401 - named in the formula above
 
 
 def count(experts: int | list) -> int:
@@ -55,7 +58,7 @@ class XLoRA(Method):
         if not isinstance(experts, int) and not base.meta:
             if acting := base.acting & {*experts}:
                 raise ValueError(f"{min(acting)!r} acts at {base.path!r} itself and would count twice: switch it off first, activate(model, None)")
-            found = [router.factors(base.neighbours.get(name, ()), name, r, base.path, A[0], B[0]) for name in experts]
+            found = [router.lora_factors(base.neighbours.get(name, ()), name, r, base.path, A[0], B[0]) for name in experts]
             A, B = (torch.stack(t) for t in zip(*found, strict=True))
         for name, t in (("A", A), ("B", B)):
             self.register_parameter(name, nn.Parameter(t)) if train or isinstance(experts, int) else self.register_buffer(name, t)
@@ -71,7 +74,7 @@ class XLoRA(Method):
         count(wanted)
         if not isinstance(wanted, int) and not held.issuperset(wanted):
             raise ValueError(f"experts={wanted!r}: the layers meant hold {sorted(held) or 'no adapters'}")
-        return model.place(":trunk")
+        return trunk(model)
 
     @classmethod
     def shared(cls, sites, *, experts=4, depth=1, dim=2048, k=None, softmax=True, temperature=1.0, layerwise=True, seed=0) -> nn.Module:
@@ -84,7 +87,7 @@ class XLoRA(Method):
             raise ValueError(f"temperature={temperature}: must be positive")
         widths = (trunk[0].n_in, positive_int("dim", dim, None), positive_int("depth", depth, None))
         owner = min((s.path for s in trunk), key=len)
-        return router.Classifier(*widths, there, layerwise, count(experts), owner, seed, (k, softmax, temperature))
+        return router.GateClassifier(*widths, there, layerwise, count(experts), owner, seed, (k, softmax, temperature))
 
     def mixed(self, x: Tensor, g: Tensor) -> Tensor:
         h = F.linear(x, self.A.flatten(0, 1).to(x.dtype)) * g.to(x.dtype).repeat_interleave(self.A.shape[1], -1)
@@ -96,14 +99,14 @@ class XLoRA(Method):
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
         if parts[0][0].owner:
-            runs = caches.two_runs(base, base.site.host, args, kwargs, "+".join(sorted(m.recipe.name for m, _ in parts)))
-            return router.twice(base.site.host, *runs, [(m.common, m.common.how, rows) for m, rows in parts])
+            runs = caches.two_runs_with_caches(base, base.site.host, args, kwargs, "+".join(sorted(m.recipe.name for m, _ in parts)))
+            return router.run_for_gates(base.site.host, *runs, [(m.common, m.common.how, rows) for m, rows in parts])
         out = base(*args, **kwargs)
         if not base.pointwise:
             for m, _ in parts:
-                m.common.read(outputs.hidden(out))
+                m.common.read(hidden_state.hidden_state_of(out))
             return out
-        x = outputs.tensors(args, kwargs)[0]
+        x = hidden_state.hidden_candidates(args, kwargs)[0]
         for m, rows in parts:
             g = m.common.of(m.path, x)
             if g is None:
@@ -111,5 +114,5 @@ class XLoRA(Method):
             if rows is None:
                 out = out + m.mixed(x, g).to(out.dtype)
             else:
-                out = outputs.by_rows(out, [(m, rows)], lambda m, y, at, g=g: y + m.mixed(x[at], g[at]))
+                out = hidden_state.apply_by_rows(out, [(m, rows)], lambda m, y, at, g=g: y + m.mixed(x[at], g[at]))
         return out

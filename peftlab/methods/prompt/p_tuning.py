@@ -5,9 +5,9 @@
 
 at says where they stand: "start" | "end" | a place among the row's tokens | an ascending list of n places, so that a template may have them
 between its tokens. depth and dropout are the LSTM's; P starts normal with deviation std. causal and keep are as in prompt_tuning.
-`peftlab.drop_network` keeps f's output alone.
+`peftlab.drop_reparametrization` keeps f's output alone.
 
-Trains: n * embedding(site).embedding_dim + network_size(net, embedding(site).embedding_dim, dim or embedding(site).embedding_dim, depth)
+Trains: n * prompt_embedding(site).embedding_dim + network_size(net, prompt_embedding(site).embedding_dim, dim or prompt_embedding(site).embedding_dim, depth)
 Structure: the tokens' embeddings are unchanged
 Family: prompt
 Paper: Liu et al. 2021, arXiv 2103.10385
@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.virtual_tokens import VirtualTokens, prompt_embedding
 from peftlab.method import Base, Method, finite, positive_int, unit_interval
 from peftlab.parts.prompt_network import PromptNetwork, network_size  # noqa: F401 - the docstring's formula
-from peftlab.parts.slots import Place, check_place
-from peftlab.virtual import Surround, embedding
+from peftlab.parts.token_slots import Place, check_place
 
 
 class PTuning(Method):
@@ -36,21 +36,21 @@ class PTuning(Method):
         at: Place = "start", causal: bool | None = None, keep: bool = False,
     ):  # fmt: skip
         super().__init__(base)
-        self.stack = Surround.of(base, n, check_place(at, n, base.path), causal, keep)
+        self.stack = VirtualTokens.of(base, n, check_place(at, n, base.path), causal, keep)
         self.P = self.f = None
         if not self.stack.holds or n == 0:
             return
-        d = embedding(base.site).embedding_dim
+        d = prompt_embedding(base.site).embedding_dim
         self.P = nn.Parameter(torch.randn(n, d) * finite("std", std))
         self.f = PromptNetwork(net, d, positive_int("dim", d if dim is None else dim, None), positive_int("depth", depth, None), unit_interval("dropout", dropout))
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
-        return Surround.beside(hosts)
+        return VirtualTokens.beside(hosts)
 
     @classmethod
     def fits(cls, site) -> bool:
-        return Surround.fits(site)
+        return VirtualTokens.fits(site)
 
     def prompt(self) -> Tensor | None:
         """(n, d), what the network makes of P."""
@@ -65,4 +65,4 @@ class PTuning(Method):
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        return Surround.routed(base, [(m.stack, m.prompt, rows) for m, rows in parts], args, kwargs)
+        return VirtualTokens.routed(base, [(m.stack, m.prompt, rows) for m, rows in parts], args, kwargs)

@@ -8,7 +8,7 @@ tokens stand behind a token of a causal model (causal, by default as the stack's
 predicts what follows. init: vocab (random rows of the table) | text and labels (from token ids=) | normal (of deviation std) | uniform.
 keep=True leaves the virtual tokens in front of an encoder's output, where its decoder sees them; n=0 at a decoder adds none there.
 
-Trains: n * embedding(site).embedding_dim
+Trains: n * prompt_embedding(site).embedding_dim
 Structure: the tokens' embeddings are unchanged
 Family: prompt
 Paper: Lester et al. 2021, arXiv 2104.08691, sec. 2
@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.virtual_tokens import VirtualTokens, prompt_embedding
 from peftlab.method import Base, Method, finite
-from peftlab.parts.slots import Place, check_place
 from peftlab.parts.starts import prompt_start
-from peftlab.virtual import Surround, embedding
+from peftlab.parts.token_slots import Place, check_place
 
 
 class PromptTuning(Method):
@@ -39,22 +39,22 @@ class PromptTuning(Method):
         causal: bool | None = None, keep: bool = False,
     ):  # fmt: skip
         super().__init__(base)
-        self.stack = Surround.of(base, n, check_place(at, n, base.path), causal, keep)
+        self.stack = VirtualTokens.of(base, n, check_place(at, n, base.path), causal, keep)
         std, self.P = finite("std", std), None
         if not self.stack.holds or n == 0:
             return
-        table = embedding(base.site)
+        table = prompt_embedding(base.site)
         self.P = nn.Parameter(torch.zeros(n, table.embedding_dim))
         if not base.meta:
             self.P.copy_(prompt_start(init, n, table.embedding_dim, self.stack.look, table.num_embeddings, ids, std, base.path))
 
     @classmethod
     def beside(cls, model, hosts, hyper) -> list[nn.Module]:
-        return Surround.beside(hosts)
+        return VirtualTokens.beside(hosts)
 
     @classmethod
     def fits(cls, site) -> bool:
-        return Surround.fits(site)
+        return VirtualTokens.fits(site)
 
     def prompt(self) -> Tensor | None:
         """(n, d), what goes in."""
@@ -65,4 +65,4 @@ class PromptTuning(Method):
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
-        return Surround.routed(base, [(m.stack, m.prompt, rows) for m, rows in parts], args, kwargs)
+        return VirtualTokens.routed(base, [(m.stack, m.prompt, rows) for m, rows in parts], args, kwargs)

@@ -18,15 +18,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftlab.attend import is_block, tokens_dim
 from peftlab.method import Base, Method, positive_int
-from peftlab.parts import outputs, prefix, slots
-from peftlab.parts.slots import Place
+from peftlab.model.attention import is_attention_block, token_dimension
+from peftlab.parts import hidden_state, prefix
+from peftlab.parts import token_slots as slots
+from peftlab.parts.token_slots import Place
 
 
 def tokens(base: Base, args: tuple, kwargs: dict) -> Tensor:
     """The tokens that a block is called with, by position or by name."""
-    found = outputs.tensors(args, kwargs)
+    found = hidden_state.hidden_candidates(args, kwargs)
     if not found:
         raise ValueError(f"{base.path!r} was called without tokens")
     return found[0]
@@ -40,7 +41,7 @@ class VPT(Method):
 
     def __init__(self, base: Base, *, n: int = 10, deep: bool = True, at: Place = 1, patch: int = 16):
         super().__init__(base)
-        self.n, self.deep, self.dim = positive_int("n", n, None, base), deep, tokens_dim(base.site.host)
+        self.n, self.deep, self.dim = positive_int("n", n, None, base), deep, token_dimension(base.site.host)
         if isinstance(at, bool) or not isinstance(at, int) or at < 0:
             raise ValueError(f"at={at!r} at {base.path!r}: how many tokens stand in front of the virtual ones")
         self.at = at
@@ -61,7 +62,7 @@ class VPT(Method):
 
     @classmethod
     def fits(cls, site) -> bool:
-        return site.kind == "module" and site.n_in == site.n_out > 0 and is_block(site.host)
+        return site.kind == "module" and site.n_in == site.n_out > 0 and is_attention_block(site.host)
 
     def forward(self, base: Base, *args, **kwargs):
         return self.run(base, None if self.P is None else self.P[None], self.n, self.n, None, args, kwargs)
@@ -73,14 +74,14 @@ class VPT(Method):
             raise ValueError(f"{base.path!r} was called with more tensors than its tokens, a mask perhaps, which cannot be lengthened by {n} virtual ones")
         # Other adapters' tokens that entered below stand in front of these; how many, the first block's output shows.
         inside = 0 if most == n or self.enters else self.common.inside[who]
-        x = slots.among(old, P, self.at, d) if self.enters else slots.without(old, self.at + inside, most - n, d)
-        args, kwargs = outputs.swapped(args, kwargs, old, x)
+        x = slots.insert_among(old, P, self.at, d) if self.enters else slots.remove_among(old, self.at + inside, most - n, d)
+        args, kwargs = hidden_state.replace_argument(args, kwargs, old, x)
         out = base(*args, **kwargs)
         if self.leaves:
-            return outputs.edited(out, lambda y: slots.without(y, self.at, n, d))
+            return hidden_state.edit_hidden_state(out, lambda y: slots.remove_among(y, self.at, n, d))
         if self.enters:
-            inside = self.common.inside[who] = outputs.hidden(out).shape[d] - x.shape[d]
-        return outputs.edited(out, lambda y: slots.among(y, y.new_zeros(1, most - n, y.shape[-1]), self.at + inside, d))
+            inside = self.common.inside[who] = hidden_state.hidden_state_of(out).shape[d] - x.shape[d]
+        return hidden_state.edit_hidden_state(out, lambda y: slots.insert_among(y, y.new_zeros(1, most - n, y.shape[-1]), self.at + inside, d))
 
     @classmethod
     def routed(cls, base: Base, parts, *args, **kwargs):
@@ -95,6 +96,6 @@ class VPT(Method):
             groups[0] = [(torch.zeros(0, base.n_out), rest.nonzero()[:, 0])]
         who, runs = tuple(sorted((m.recipe.name, *rows.tolist()) for m, rows in parts)), []
         for n, found in groups.items():
-            P, _ = prefix.together([p for p, _ in found], [rows for _, rows in found], B)
+            P, _ = prefix.pad_together([p for p, _ in found], [rows for _, rows in found], B)
             runs.append((first.run(base, P.to(x.device), n, max(groups), who, args, kwargs), torch.cat([rows for _, rows in found])))
-        return outputs.joined([out for out, _ in runs], [rows for _, rows in runs], B, first.dim)
+        return hidden_state.join_rows([out for out, _ in runs], [rows for _, rows in runs], B, first.dim)

@@ -21,7 +21,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.require_schedule import demand_schedule
+from peftlab.core.require_schedule import require_schedule
 from peftlab.method import Base, Method
 
 
@@ -48,7 +48,7 @@ class Full(Method):
         self.in_place, self.gradual, self.awake, self._scheduled = in_place, gradual, True, False
         self.C = None if in_place else nn.Parameter(torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32)))
         if not in_place and not self.C.is_meta:
-            self.C.copy_(base.site.origin())
+            self.C.copy_(base.site.frozen_weight())
         if gradual:
             self.turn = len(self.common.order) - 1 - self.common.order.index(layer(base.path))  # 0: the last layer
             self.awake = self.turn == 0
@@ -60,7 +60,7 @@ class Full(Method):
 
     def guard(self) -> None:
         if self.gradual and not self.in_place:
-            demand_schedule(self, self.C)
+            require_schedule(self, self.C)
 
     @classmethod
     def shared(cls, sites, *, gradual: bool = False) -> nn.Module | None:
@@ -80,7 +80,7 @@ class Full(Method):
         if self.in_place:
             return W
         asleep = self.scheduled and not self.awake
-        C, origin = self.C.detach() if asleep else self.C, self.site.origin()
+        C, origin = self.C.detach() if asleep else self.C, self.site.frozen_weight()
         return C if W is origin else C + (W - origin)
 
     def step(self, t: int, T: int, lr: float) -> None:

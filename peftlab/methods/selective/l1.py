@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.require_schedule import demand_schedule
+from peftlab.core.require_schedule import require_schedule
 from peftlab.method import Base, Method, finite
 from peftlab.parts.masks import soft_threshold
 
@@ -32,11 +32,11 @@ class L1(Method):
         if strength < 0 or threshold < 0:
             raise ValueError(f"strength={strength}, threshold={threshold} at {base.path!r}: neither may be negative")
         self.D = nn.Parameter(torch.zeros(base.shape))
-        demand_schedule(self, self.D)
+        require_schedule(self, self.D)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        demand_schedule(self, self.D)
+        require_schedule(self, self.D)
 
     def weight(self, W: Tensor) -> Tensor:
         return W + self.D

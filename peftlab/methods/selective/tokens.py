@@ -35,7 +35,7 @@ class Tokens(Method):
         self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
         self.T = nn.Parameter(torch.zeros(len(ids), base.n_out, dtype=torch.promote_types(base.dtype, torch.float32)))
         if not self.T.is_meta:
-            self.T.copy_(base.site.origin()[:, self.ids.to(base.device)].mT)
+            self.T.copy_(base.site.frozen_weight()[:, self.ids.to(base.device)].mT)
 
     @classmethod
     def fits(cls, site) -> bool:
@@ -43,10 +43,10 @@ class Tokens(Method):
 
     def weight(self, W: Tensor) -> Tensor:
         W = W.to(torch.promote_types(W.dtype, self.T.dtype))
-        return W.index_copy(1, self.ids, self.T.mT + (W - self.site.origin())[:, self.ids])
+        return W.index_copy(1, self.ids, self.T.mT + (W - self.site.frozen_weight())[:, self.ids])
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y = base(x)
         i = torch.searchsorted(self.ids, x).clamp_max(len(self.ids) - 1)
-        rows = F.embedding(i, self.T) + (y - F.embedding(i, self.site.origin()[:, self.ids].mT))
+        rows = F.embedding(i, self.T) + (y - F.embedding(i, self.site.frozen_weight()[:, self.ids].mT))
         return torch.where((self.ids[i] == x)[..., None], rows.to(y.dtype), y)

@@ -1,0 +1,1 @@
+"""The proof, with one sample batch, that every adapter of a model works."""

@@ -1,0 +1,1 @@
+"""Compiled kernels for packed weights: C++ for CPUs, Triton for GPUs."""
